@@ -1,0 +1,70 @@
+"""The user's own code, named as `file.py:function` or `package.module:function`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from deploykit.errors import InputError, did_you_mean
+
+
+def split_reference(reference: str) -> tuple[Path, str]:
+    """`file.py:name` or `package.module:name` to its two parts."""
+    place, _, name = reference.rpartition(":")
+    return Path(place), name
+
+
+def load_function(reference: str) -> Callable[..., Any]:
+    """Import the function that a reference names.
+
+    Raises InputError: no such file, module or function, or the file fails to import.
+    """
+    place, name = split_reference(reference)
+    module = _from_file(place) if place.suffix == ".py" else _from_package(str(place), reference)
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise InputError(f"{place} has no function {name!r}", hint=did_you_mean(name, known))
+    return function  # type: ignore[no-any-return]
+
+
+def _from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file", hint="name it as path/to/file.py:function")
+    path = path.resolve()
+    name = f"_deploykit_user_{path.stem}_{hashlib.sha256(path.read_bytes() + bytes(path)).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{path}: not a Python file", hint="name it as path/to/file.py:function")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickling of annotations look the module up
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise InputError(
+            f"{path} fails to import: {type(error).__name__}: {error}",
+            hint=f"run `python {path}` to see where",
+        ) from error
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def _from_package(name: str, reference: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise InputError(
+            f"{reference}: cannot import {name!r}: {type(error).__name__}: {error}",
+            hint="name it as path/to/file.py:function or package.module:function",
+        ) from error

@@ -1,0 +1,150 @@
+"""Writes that are whole or not there: temporary sibling, fsync, rename, fsync of the folder."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from deploykit.errors import ResourceError, UsageError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def sha256(path: Path) -> str:
+    """Digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def tree(folder: Path) -> list[str]:
+    """Paths of the files under a folder, relative, with `/`, sorted; links are not followed."""
+    found = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+    return sorted(p.relative_to(folder).as_posix() for p in found)
+
+
+def size_bytes(path: Path) -> int:
+    """Size of a file, or of all files under a folder."""
+    if path.is_dir():
+        return sum((path / name).lstat().st_size for name in tree(path))
+    return path.stat().st_size
+
+
+def check_free(out: Path, *, force: bool) -> None:
+    """Refuse to write over `out` unless forced, or where its parent is no folder.
+
+    Raises UsageError.
+    """
+    if (out.exists() or out.is_symlink()) and not force:
+        raise UsageError(
+            f"{out} exists already", hint="give another output path, or --force to replace it"
+        )
+    for parent in out.absolute().parents:
+        if parent.exists():
+            if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+                raise UsageError(
+                    f"{out} cannot be written: {parent} is no folder that you may write to",
+                    hint="give an output path in a folder that you may write to",
+                )
+            return
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """Give a temporary path beside `out`; on success it takes the place of `out` in one step.
+
+    The block may make a file or a folder there. On any error the temporary path is removed and
+    `out` is as it was. Raises ResourceError when the disk is full.
+    """
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    _sweep(out)
+    token = secrets.token_hex(4)
+    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}-{token}{out.suffix}")
+    try:
+        yield temporary
+        _sync(temporary)
+        _replace(temporary, out)
+        _sync_folder(out.absolute().parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ResourceError(
+                f"{out}: no space left to write it ({error.strerror})",
+                hint="free some disk space; what was there before is untouched",
+            ) from error
+        raise
+    finally:
+        remove(temporary)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with staged(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Put `source` at `target`; a folder that is there is exchanged atomically, then removed."""
+    if target.is_dir() or (source.is_dir() and target.exists()):
+        if _exchange(source, target):
+            return  # the old content is now at `source`, which the caller removes
+        old = target.with_name(f".{target.name}.old-{os.getpid()}-{secrets.token_hex(4)}")
+        target.rename(old)
+        source.rename(target)
+        remove(old)
+    else:
+        source.replace(target)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two paths by renameat2(2); False where the system has no such call."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    paths = os.fsencode(one), os.fsencode(other)
+    return bool(rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or every file and folder under a folder, to disk."""
+    if path.is_dir():
+        for child in path.iterdir():
+            _sync(child)
+        _sync_folder(path)
+        return
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems cannot sync a folder
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(out: Path) -> None:
+    """Remove what a killed process left beside `out`; what a living one writes stays."""
+    for stale in out.absolute().parent.glob(f".{out.name}.tmp-*"):
+        pid = stale.name.removeprefix(f".{out.name}.tmp-").split("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+            remove(stale)

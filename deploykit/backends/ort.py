@@ -1,0 +1,120 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from deploykit._lazy import needs
+from deploykit.backends._common import check_feed, missing_library, refused
+from deploykit.errors import InputError
+from deploykit.values import Array, Artifact, Feed, Format, Placement, SessionOptions
+
+PROVIDER = "CPUExecutionProvider"
+_TYPES = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "int8", "uint8": "int8"}
+
+
+class OrtCpu:
+    """Backend for ONNX files on ONNX Runtime's CPU provider."""
+
+    name = "ort-cpu"
+    formats: frozenset[Format] = frozenset({"onnx"})
+
+    def unavailable(self) -> str | None:
+        """Why ONNX Runtime cannot run here, or None."""
+        return missing_library("onnxruntime")
+
+    def open(self, artifact: Artifact, options: SessionOptions) -> OrtSession:
+        """Create an inference session with all graph optimizations."""
+        return OrtSession(artifact, options)
+
+
+class OrtSession:
+    """An InferenceSession on the CPU provider alone, with fixed threads."""
+
+    def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
+        self.inputs, self.outputs = artifact.inputs, artifact.outputs
+        self._artifact, self._options = artifact, options
+        self._session = _session(artifact, options)
+        self._names = [spec.name for spec in self.outputs]
+
+    def run(self, feed: Feed) -> dict[str, Array]:
+        """Run one batch."""
+        check_feed(feed, self.inputs)
+        return dict(zip(self._names, self.prepare(feed)(), strict=True))
+
+    def prepare(self, feed: Feed) -> Callable[[], list[Array]]:
+        """Make the arrays contiguous once; each call runs the session on them."""
+        check_feed(feed, self.inputs)
+        arrays = {name: np.ascontiguousarray(array) for name, array in feed.items()}
+        run, names = self._session.run, self._names
+
+        def call() -> list[Array]:
+            result: list[Array] = run(names, arrays)
+            return result
+
+        return call
+
+    def placement(self, feed: Feed) -> Placement:
+        """Run the feed once under ONNX Runtime's profiler and read its account."""
+        with tempfile.TemporaryDirectory() as folder:
+            session = _session(self._artifact, self._options, profile=Path(folder) / "profile")
+            session.run(self._names, dict(feed))
+            events = json.loads(Path(session.end_profiling()).read_text())
+        nodes = [
+            e["args"] for e in events if e.get("cat") == "Node" and "provider" in e.get("args", {})
+        ]
+        providers = {str(args["provider"]) for args in nodes}
+        return Placement(
+            provider=", ".join(sorted(providers)) or PROVIDER,
+            precisions=dict(Counter(_precision(args) for args in nodes).most_common()),
+            detail={"operators": dict(Counter(args["op_name"] for args in nodes).most_common())},
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        del self._session
+
+
+def _session(artifact: Artifact, options: SessionOptions, profile: Path | None = None) -> Any:
+    with needs("onnxruntime"):
+        import onnxruntime as ort
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = options.threads
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = 3
+    if profile:
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(profile)
+    try:
+        session = ort.InferenceSession(str(artifact.path), settings, providers=[PROVIDER])
+    except Exception as error:  # the runtime's exceptions share no base
+        raise refused(artifact, "ONNX Runtime", error) from error
+    if session.get_providers() != [PROVIDER]:
+        raise InputError(
+            f"{artifact.path}: asked for {PROVIDER}, got {session.get_providers()}",
+            hint="reinstall onnxruntime; see `deploykit doctor`",
+        )
+    return session
+
+
+def _precision(args: dict[str, Any]) -> str:
+    """Precision of a node in the profile: the lowest among its tensors' types."""
+    tensors = [*args.get("input_type_shape", ()), *args.get("output_type_shape", ())]
+    found = {_TYPES.get(name, "integer") for tensor in tensors for name in tensor}
+    order = ("int8", "fp16", "bf16", "fp32", "integer")
+    return next((name for name in order if name in found), "none")

@@ -1,0 +1,347 @@
+"""Data: re-iterable, sized, with a digest; yields batches that fit the model.
+
+A reference is one `.npz` or a folder of them (the first axis of each array is the sample, `target`
+holds labels), a folder of images (one sub-folder a class, if any) with `preprocessing.toml`, or
+`file.py:function` that gives an iterable of feeds or `(feed, target)` pairs, one sample each.
+A `preprocessing.toml` in the folder of an `.npz` turns its uint8 arrays into what the model takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from deploykit import _files
+from deploykit._code import load_function, split_reference
+from deploykit.errors import InputError
+from deploykit.values import BATCH, Array, Preprocessing, TensorSpec, parse
+
+TARGET = "target"
+IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
+
+Chunk = dict[str, Array]
+"""Arrays of equal length by name; `target` among them where there are labels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Samples that can be read again and again, in the same order."""
+
+    reference: str
+    samples: int
+    digest: str
+    chunks: Callable[[], Iterator[Chunk]]
+    preprocessing: Preprocessing | None = None
+    inputs: tuple[TensorSpec, ...] = ()
+    """What `matching` checks each batch against."""
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def batches(self, size: int) -> Iterator[tuple[Chunk, Array | None]]:
+        """Feeds of `size` samples (the last may be smaller) and their targets.
+
+        Raises InputError: an array does not fit the model or holds NaN or infinite values.
+        """
+        left = self.samples
+        for chunk in _rebatched(self.chunks(), size):
+            taken = {name: array[:left] for name, array in chunk.items()}
+            target = taken.pop(TARGET, None)
+            yield self._fitting(taken), target
+            left -= size
+            if left <= 0:
+                return
+
+    def first(self, count: int) -> Dataset:
+        """The first `count` samples."""
+        if count >= self.samples:
+            return self
+        digest = hashlib.sha256(f"{self.digest}[:{count}]".encode()).hexdigest()
+        return replace(self, samples=count, digest=digest)
+
+    def matching(self, inputs: tuple[TensorSpec, ...]) -> Dataset:
+        """The same data, bound to what a model takes. Raises InputError: a name is missing."""
+        names = set(next(self.chunks())) - {TARGET}
+        wanted = {spec.name for spec in inputs}
+        if missing := wanted - names:
+            raise InputError(
+                f"{self.reference}: no array for the model input {sorted(missing)[0]!r}; "
+                f"the data has {sorted(names)}",
+                hint="name the arrays as the model names its inputs",
+            )
+        if extra := names - wanted:
+            raise InputError(
+                f"{self.reference}: {sorted(extra)[0]!r} is no input of the model; "
+                f"it takes {sorted(wanted)}",
+                hint="name the arrays as the model names its inputs; labels are called 'target'",
+            )
+        return replace(self, inputs=inputs)
+
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """Names, dtypes and shapes of the data, with a dynamic batch."""
+        chunk = next(self.chunks())
+        return tuple(
+            TensorSpec(name=name, dtype=str(array.dtype), shape=(BATCH, *array.shape[1:]))
+            for name, array in chunk.items()
+            if name != TARGET
+        )
+
+    def sample_digests(self) -> set[bytes]:
+        """One digest a sample, over its inputs: equal samples have equal digests."""
+        found = set()
+        for feed, _ in self.batches(256):
+            arrays = [np.ascontiguousarray(feed[name]) for name in sorted(feed)]
+            for row in zip(*arrays, strict=True):
+                found.add(hashlib.sha256(b"".join(a.tobytes() for a in row)).digest())
+        return found
+
+    def _fitting(self, feed: Chunk) -> Chunk:
+        for name, array in feed.items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise InputError(
+                    f"{self.reference}: {name!r} has NaN or infinite values",
+                    hint="clean the data; a model fed with it would be calibrated on nonsense",
+                )
+        for spec in self.inputs:
+            array = feed[spec.name]
+            # A fixed batch is the model's affair: sessions pad; here only the sample must fit.
+            sample = spec.model_copy(update={"shape": (BATCH, *spec.shape[1:])})
+            if misfit := sample.misfit(array):
+                raise InputError(
+                    f"{self.reference}: {spec.name!r}: {misfit}",
+                    hint="give data of the model's dtype and shape, "
+                    f"or a {PREPROCESSING_FILE} beside it",
+                )
+        return feed
+
+
+PREPROCESSING_FILE = "preprocessing.toml"
+
+
+def open_dataset(reference: str | Path) -> Dataset:
+    """Open data by its reference. Raises InputError: it is missing, empty, torn or of no kind."""
+    text = str(reference)
+    if ":" in text and split_reference(text)[0].suffix == ".py":
+        return _from_function(text)
+    path = Path(text)
+    if not path.exists():
+        raise InputError(
+            f"{path}: no such data", hint="give an .npz file, a folder or file.py:function"
+        )
+    if path.suffix == ".npz":
+        return _from_arrays(text, [path], path.parent)
+    if path.is_dir() and (files := sorted(path.glob("*.npz"))):
+        return _from_arrays(text, files, path)
+    if path.is_dir():
+        return _from_images(text, path)
+    raise InputError(
+        f"{path}: data of an unknown kind", hint="give an .npz file, a folder or file.py:function"
+    )
+
+
+def read_preprocessing(path: Path) -> Preprocessing:
+    """Read a `preprocessing.toml`. Raises InputError."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {error}", hint="correct the TOML") from error
+    return parse(Preprocessing, data, str(path))
+
+
+def _from_arrays(reference: str, files: list[Path], folder: Path) -> Dataset:
+    spec = folder / PREPROCESSING_FILE
+    preprocessing = read_preprocessing(spec) if spec.exists() else None
+
+    def chunks() -> Iterator[Chunk]:
+        for file in files:
+            yield _normalized(_read_npz(file), preprocessing, file)
+
+    parts = [_files.sha256(file) for file in (*files, *([spec] if preprocessing else []))]
+    samples = sum(_length(_read_npz(file), file) for file in files)
+    return _checked(reference, samples, "".join(parts), chunks, preprocessing)
+
+
+def _checked(
+    reference: str,
+    samples: int,
+    identity: str,
+    chunks: Callable[[], Iterator[Chunk]],
+    preprocessing: Preprocessing | None,
+) -> Dataset:
+    if not samples:
+        raise InputError(f"{reference}: the data is empty", hint="give at least one sample")
+    digest = hashlib.sha256(identity.encode()).hexdigest()
+    return Dataset(reference, samples, digest, chunks, preprocessing)
+
+
+def _read_npz(path: Path) -> Chunk:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise InputError(
+            f"{path}: not a readable .npz of plain arrays: {error}",
+            hint="write it with numpy.savez; pickled objects are refused",
+        ) from error
+
+
+def _length(chunk: Chunk, path: Path) -> int:
+    if not set(chunk) - {TARGET}:
+        raise InputError(f"{path}: no arrays", hint="name one array for each model input")
+    lengths = {name: len(array) if array.ndim else 0 for name, array in chunk.items()}
+    if len(set(lengths.values())) != 1:
+        raise InputError(
+            f"{path}: the arrays have different numbers of samples: {lengths}",
+            hint="the first axis of each array is the sample",
+        )
+    return lengths.popitem()[1]
+
+
+def _normalized(chunk: Chunk, spec: Preprocessing | None, source: Path) -> Chunk:
+    """Scale uint8 arrays as the preprocessing says; other arrays stay as they are."""
+    if spec is None:
+        return chunk
+    if spec.input not in chunk:
+        raise InputError(
+            f"{source}: {PREPROCESSING_FILE} is for {spec.input!r}, the data has {sorted(chunk)}",
+            hint=f"correct 'input' in {PREPROCESSING_FILE}",
+        )
+    pixels = chunk[spec.input]
+    if pixels.dtype != np.uint8:
+        raise InputError(
+            f"{source}: {PREPROCESSING_FILE} is for 8-bit images, {spec.input!r} is {pixels.dtype}",
+            hint=f"remove {PREPROCESSING_FILE} if the arrays are preprocessed already",
+        )
+    return {**chunk, spec.input: normalize(pixels, spec)}
+
+
+def normalize(pixels: Array, spec: Preprocessing) -> Array:
+    """uint8 in the spec's layout, with a batch axis, to float32: `(x * scale - mean) / std`."""
+    shape = (1, -1, 1, 1) if spec.layout == "nchw" else (1, 1, 1, -1)
+    mean, std = (np.array(v, np.float32).reshape(shape) for v in (spec.mean, spec.std))
+    return (pixels.astype(np.float32) * np.float32(spec.scale) - mean) / std
+
+
+def _from_images(reference: str, folder: Path) -> Dataset:
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
+    if not files:
+        raise InputError(f"{folder}: neither .npz files nor images in it", hint="give data")
+    spec_path = folder / PREPROCESSING_FILE
+    if not spec_path.exists():
+        raise InputError(
+            f"{folder}: images need a preprocessing spec",
+            hint=f"write {spec_path} with resize, crop, color, layout, scale, mean, std",
+        )
+    spec = read_preprocessing(spec_path)
+    classes = sorted({p.parent.relative_to(folder) for p in files})
+    labelled = Path() not in classes
+
+    def chunks() -> Iterator[Chunk]:
+        for file in files:
+            chunk: Chunk = {spec.input: normalize(read_image(file, spec)[None], spec)}
+            if labelled:
+                chunk[TARGET] = np.array([classes.index(file.parent.relative_to(folder))])
+            yield chunk
+
+    names = [f"{p.relative_to(folder)}\0{_files.sha256(p)}" for p in (*files, spec_path)]
+    return _checked(reference, len(files), "\n".join(names), chunks, spec)
+
+
+def read_image(path: Path, spec: Preprocessing) -> Array:
+    """One image file, resized and cropped, uint8 in the spec's layout. Raises InputError."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as file:
+            image = file.convert("L" if spec.color == "gray" else "RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise InputError(f"{path}: not a readable image: {error}", hint="remove it") from error
+    if spec.resize:
+        image = image.resize(_resized(image.size, spec.resize), Image.Resampling.BILINEAR)
+    if spec.crop:
+        height, width = spec.crop
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
+    pixels = np.asarray(image).reshape(image.height, image.width, -1)
+    if spec.color == "bgr":
+        pixels = pixels[:, :, ::-1]
+    return pixels.transpose(2, 0, 1) if spec.layout == "nchw" else pixels
+
+
+def _resized(size: tuple[int, int], resize: int | tuple[int, int]) -> tuple[int, int]:
+    """Pillow's (width, height) after a resize of the shorter side or to (height, width)."""
+    if isinstance(resize, tuple):
+        return resize[1], resize[0]
+    factor = resize / min(size)
+    return max(resize, round(size[0] * factor)), max(resize, round(size[1] * factor))
+
+
+def _from_function(reference: str) -> Dataset:
+    function = load_function(reference)
+
+    def chunks() -> Iterator[Chunk]:
+        made = function()
+        if not isinstance(made, Iterable):
+            raise InputError(
+                f"{reference} gives {type(made).__name__}, not an iterable",
+                hint="return or yield feeds ({name: array}) or (feed, target) pairs",
+            )
+        for item in made:
+            yield _as_chunk(item, reference)
+
+    digest, samples = hashlib.sha256(), 0
+    for chunk in chunks():
+        samples += _length(chunk, Path(reference))
+        for name in sorted(chunk):
+            digest.update(f"{name}{chunk[name].dtype}{chunk[name].shape}".encode())
+            digest.update(np.ascontiguousarray(chunk[name]).tobytes())
+    return _checked(reference, samples, digest.hexdigest(), chunks, None)
+
+
+def _as_chunk(item: object, reference: str) -> Chunk:
+    feed, target = item if isinstance(item, tuple) and len(item) == 2 else (item, None)
+    if not isinstance(feed, dict):
+        raise InputError(
+            f"{reference} yields {type(feed).__name__}, not a feed",
+            hint="yield {name: array} or ({name: array}, target), one sample each, no batch axis",
+        )
+    chunk = {name: np.asarray(value)[None] for name, value in feed.items()}
+    if target is not None:
+        chunk[TARGET] = np.asarray(target)[None]
+    return chunk
+
+
+def _rebatched(chunks: Iterator[Chunk], size: int) -> Iterator[Chunk]:
+    """Cut and join chunks into batches of `size` samples; the last may be smaller."""
+    waiting: list[Chunk] = []
+    count = 0
+    for chunk in chunks:
+        waiting.append(chunk)
+        count += len(next(iter(chunk.values())))
+        if count >= size:
+            whole = _joined(waiting)
+            full = count - count % size
+            for start in range(0, full, size):
+                yield {name: array[start : start + size] for name, array in whole.items()}
+            count -= full
+            waiting = [{name: array[full:] for name, array in whole.items()}] if count else []
+    if count:
+        yield _joined(waiting)
+
+
+def _joined(chunks: list[Chunk]) -> Chunk:
+    if len(chunks) == 1:
+        return chunks[0]
+    try:
+        return {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
+    except (KeyError, ValueError) as error:
+        raise InputError(
+            f"the samples differ in names or shapes: {error}",
+            hint="give every sample the same arrays of the same shape",
+        ) from error

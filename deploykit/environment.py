@@ -1,0 +1,106 @@
+"""This machine: what a measurement or an engine depends on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from deploykit.values import Value
+
+LIBRARIES = (
+    "deploykit", "torch", "torch-pruning", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
+    "openvino", "tensorrt", "tensorrt-rtx-cu13", "pycuda", "numpy",
+)  # fmt: skip
+
+CPU_FEATURES = (
+    "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16",
+    "asimd", "asimddp", "i8mm", "bf16",
+)  # fmt: skip
+
+
+class Environment(Value):
+    """The machine and the versions of what may matter to a result."""
+
+    system: str
+    machine: str
+    cpu: str
+    cpu_features: tuple[str, ...]
+    cores: int
+    memory_bytes: int
+    cpu_quota: float | None
+    """Cores that the control group allows, None for no limit."""
+    python: str
+    libraries: dict[str, str]
+    load_average: float
+    virtual_machine: bool
+
+
+def read() -> Environment:
+    """Describe this machine now."""
+    return Environment(
+        system=f"{platform.system()} {platform.release()}",
+        machine=platform.machine(),
+        cpu=_cpu_name(),
+        cpu_features=cpu_features(),
+        cores=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1,
+        memory_bytes=_memory_bytes(),
+        cpu_quota=_cpu_quota(),
+        python=platform.python_version(),
+        libraries=versions(LIBRARIES),
+        load_average=os.getloadavg()[0],
+        virtual_machine="hypervisor" in _cpuinfo(),
+    )
+
+
+def versions(names: tuple[str, ...]) -> dict[str, str]:
+    """Installed versions from package metadata; nothing is imported, absent ones are left out."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def cpu_features() -> tuple[str, ...]:
+    """Those of CPU_FEATURES that this machine has, by their Linux names."""
+    flags = set(_cpuinfo().split())
+    return tuple(f for f in CPU_FEATURES if f in flags)
+
+
+def has_int8_dot_product() -> bool:
+    """Whether 8-bit products are summed in 32 bits (VNNI, AMX or Arm dot product).
+
+    Without it ONNX Runtime's x86 kernels add pairs of u8*s8 products in 16 bits and saturate.
+    """
+    return bool(set(cpu_features()) & {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})
+
+
+@cache
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().split("\n\n")[0] if path.exists() else ""
+
+
+def _cpu_name() -> str:
+    match = re.search(r"model name\s*:\s*(.+)", _cpuinfo())
+    return match.group(1) if match else platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cpu_quota() -> float | None:
+    path = Path("/sys/fs/cgroup/cpu.max")
+    if not path.exists():
+        return None
+    quota, period = path.read_text().split()
+    return None if quota == "max" else int(quota) / int(period)

@@ -1,0 +1,108 @@
+"""ONNX files: reading what they declare, checking that they are sound."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from deploykit import store
+from deploykit._lazy import needs
+from deploykit.errors import InputError
+from deploykit.values import Artifact, Precision, TensorSpec
+
+if TYPE_CHECKING:
+    import onnx
+
+MAKE_AGAIN = "export the model again, or give a sound .onnx file"
+
+
+def read(path: Path) -> onnx.ModelProto:
+    """Load a model with its weights. Raises InputError: it is not a sound ONNX file."""
+    with needs("onnx"):
+        import onnx
+        from google.protobuf.message import DecodeError
+    try:
+        model = onnx.load(path)
+    except (DecodeError, OSError, ValueError, onnx.checker.ValidationError) as error:
+        raise InputError(f"{path}: not an ONNX file: {_line(error)}", hint=MAKE_AGAIN) from error
+    if not model.graph.node and not model.graph.output:
+        raise InputError(f"{path}: not an ONNX file: it holds no graph", hint=MAKE_AGAIN)
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise InputError(f"{path}: broken ONNX model: {_line(error)}", hint=MAKE_AGAIN) from error
+    return model
+
+
+def open_file(path: Path) -> Artifact:
+    """The artifact of an ONNX file: by its record, or by what the file declares."""
+    if artifact := store.read(path):
+        return artifact
+    model = read(path)
+    return Artifact(
+        path=path, format="onnx", precision=precision(model),
+        inputs=inputs(model), outputs=outputs(model), sha256=store.digest(path),
+    )  # fmt: skip
+
+
+def inputs(model: onnx.ModelProto) -> tuple[TensorSpec, ...]:
+    """Inputs without a default value."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    return tuple(_spec(value) for value in model.graph.input if value.name not in constants)
+
+
+def outputs(model: onnx.ModelProto) -> tuple[TensorSpec, ...]:
+    """Outputs of the graph."""
+    return tuple(_spec(value) for value in model.graph.output)
+
+
+def opset(model: onnx.ModelProto) -> int:
+    """Version of the standard operator set."""
+    return max((i.version for i in model.opset_import if i.domain in ("", "ai.onnx")), default=0)
+
+
+def operators(model: onnx.ModelProto) -> dict[str, int]:
+    """Operator types of the main graph and how often each occurs, most frequent first."""
+    return dict(Counter(node.op_type for node in model.graph.node).most_common())
+
+
+def parameters(model: onnx.ModelProto) -> int:
+    """Number of values in the initializers."""
+    return sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer)
+
+
+def precision(model: onnx.ModelProto) -> Precision:
+    """The lowest precision that the file computes in: by Q/DQ pairs, then by its weights."""
+    import onnx
+
+    types = Counter(t.data_type for t in model.graph.initializer for _ in range(len(t.dims) > 1))
+    if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+        fp8 = {onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E5M2}
+        return "fp8" if fp8 & {t.data_type for t in model.graph.initializer} else "int8"
+    if types[onnx.TensorProto.FLOAT16] > types[onnx.TensorProto.FLOAT]:
+        return "fp16"
+    return "bf16" if types[onnx.TensorProto.BFLOAT16] > types[onnx.TensorProto.FLOAT] else "fp32"
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    import onnx
+
+    tensor = value.type.tensor_type
+    if not tensor.elem_type:
+        raise InputError(
+            f"{value.name!r} is no tensor", hint="deploykit takes models of dense tensors"
+        )
+    shape = tuple(
+        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or f"{value.name}_{axis}"
+        for axis, dim in enumerate(tensor.shape.dim)
+    )
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name
+    return TensorSpec(name=value.name, dtype=dtype, shape=shape)
+
+
+def _line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

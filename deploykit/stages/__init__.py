@@ -1,0 +1,1 @@
+"""Stages: each turns one artifact into another and accounts for what it did."""

@@ -1,0 +1,190 @@
+"""Artifacts on disk: published whole, with a record of how they were made.
+
+A model lies at its path; its record (the Artifact as JSON) lies beside it as `NAME.record.json`, or
+inside as `artifact.json` where the model is a folder. A model without a record is simply one that
+deploykit did not make.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+
+from deploykit import _files
+from deploykit.environment import versions
+from deploykit.errors import InputError, IntegrityError
+from deploykit.values import (
+    Artifact,
+    Format,
+    Json,
+    Precision,
+    Preprocessing,
+    StageRecord,
+    TensorSpec,
+    Value,
+    parse,
+)
+
+FOLDER_RECORD = "artifact.json"
+
+
+class Made(Value):
+    """What a stage made at the path it was given."""
+
+    format: Format
+    precision: Precision
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    facts: Json
+    preprocessing: Preprocessing | None = None
+
+
+class Job(Value):
+    """A stage with everything that decides its result."""
+
+    stage: str
+    source: Artifact | None
+    """What is changed; None for the stage that takes a model in."""
+    options: Value
+    others: dict[str, str] = {}
+    """Digests of further inputs, by role: teacher, calibration data."""
+    libraries: tuple[str, ...] = ()
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Digests of everything that goes in."""
+        source = {"source": self.source.sha256} if self.source else {}
+        return {**source, **self.others}
+
+    @property
+    def key(self) -> str:
+        """Equal for equal stage, options, inputs, library versions and code of deploykit."""
+        parts = {
+            "stage": self.stage,
+            "options": self.options.model_dump(mode="json"),
+            "inputs": self.inputs,
+            "versions": versions(self.libraries),
+            "code": code_digest(),
+        }
+        return digest_of(parts)
+
+
+def produce(job: Job, work: Callable[[Path], Made], *, out: Path, force: bool = False) -> Artifact:
+    """Run a stage's `work` on a temporary path and publish what it made at `out`.
+
+    What lies at `out` already is returned as it is if it was made by the same job. Raises
+    UsageError: `out` is in the way and not forced.
+    """
+    if done := find(out, job.key):
+        return done
+    _files.check_free(out, force=force)
+    started = time.monotonic()
+    with _files.staged(out) as temporary:
+        made = work(temporary)
+        record = StageRecord(
+            stage=job.stage,
+            options=job.options.model_dump(mode="json"),
+            facts=made.facts,
+            inputs=job.inputs,
+            versions=versions(("deploykit", *job.libraries)),
+            seconds=round(time.monotonic() - started, 3),
+            key=job.key,
+        )
+        artifact = Artifact(
+            path=out,
+            format=made.format,
+            precision=made.precision,
+            inputs=made.inputs,
+            outputs=made.outputs,
+            sha256=digest(temporary),
+            preprocessing=made.preprocessing or (job.source and job.source.preprocessing),
+            history=(*(job.source.history if job.source else ()), record),
+        )
+        if temporary.is_dir():
+            _write_record(temporary / FOLDER_RECORD, artifact)
+        else:
+            record_path(out).unlink(missing_ok=True)  # never a new model beside an old record
+    if not out.is_dir():
+        _write_record(record_path(out), artifact)
+    return artifact
+
+
+def find(out: Path, key: str) -> Artifact | None:
+    """The artifact at `out`, if it is whole and was made by the job of this key."""
+    try:
+        artifact = read(out)
+    except (InputError, IntegrityError):
+        return None
+    return artifact if artifact and artifact.history and artifact.history[-1].key == key else None
+
+
+def read(path: Path) -> Artifact | None:
+    """The artifact at `path` by its record; None if it has none.
+
+    Raises IntegrityError: the model is not the one that the record describes.
+    """
+    record = record_path(path)
+    if not path.exists() or not record.exists():
+        return None
+    artifact = parse(Artifact, read_json(record), str(record))
+    artifact = artifact.model_copy(update={"path": path})
+    if digest(path) != artifact.sha256:
+        raise IntegrityError(
+            f"{path} is not the file that its record describes (sha256 differs)",
+            hint=f"make it again, or remove {record} to use it as a model without history",
+        )
+    return artifact
+
+
+def record_path(path: Path) -> Path:
+    """Where the record of the model at `path` lies."""
+    return path / FOLDER_RECORD if path.is_dir() else path.with_name(f"{path.name}.record.json")
+
+
+def digest(path: Path) -> str:
+    """sha256 of a model: of the file, or of all files of the folder but the record."""
+    if not path.is_dir():
+        return _files.sha256(path)
+    names = [name for name in _files.tree(path) if name != FOLDER_RECORD]
+    lines = (f"{name}\0{_files.sha256(path / name)}\n" for name in names)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def digest_of(data: Mapping[str, object]) -> str:
+    """sha256 of plain data in canonical JSON."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_json(path: Path) -> Json:
+    """Read a JSON object. Raises InputError: missing, not JSON, not an object."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON: {error}", hint="make it again") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: not a JSON object", hint="make it again")
+    return data
+
+
+@cache
+def code_digest() -> str:
+    """Digest of deploykit's own code: results of other code are not reused."""
+    package = Path(__file__).parent
+    lines = (
+        f"{p.relative_to(package)}\0{_files.sha256(p)}\n" for p in sorted(package.rglob("*.py"))
+    )
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _write_record(path: Path, artifact: Artifact) -> None:
+    plain = artifact.model_dump(mode="json", exclude={"path"})
+    text = json.dumps({**plain, "path": "."}, indent=1) + "\n"
+    if path.name == FOLDER_RECORD:
+        path.write_text(text, encoding="utf-8")
+    else:
+        _files.write_text(path, text)
