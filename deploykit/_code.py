@@ -38,7 +38,8 @@ def _from_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise InputError(f"{path}: no such file", hint="name it as path/to/file.py:function")
     path = path.resolve()
-    name = f"_deploykit_user_{path.stem}_{hashlib.sha256(path.read_bytes() + bytes(path)).hexdigest()[:12]}"
+    identity = hashlib.sha256(path.read_bytes() + bytes(path)).hexdigest()[:12]
+    name = f"_deploykit_user_{path.stem}_{identity}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

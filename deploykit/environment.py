@@ -21,6 +21,9 @@ CPU_FEATURES = (
     "asimd", "asimddp", "i8mm", "bf16",
 )  # fmt: skip
 
+INT8_DOT_PRODUCT = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+"""Any one of them sums 8-bit products in 32 bits."""
+
 
 class Environment(Value):
     """The machine and the versions of what may matter to a result."""
@@ -80,7 +83,7 @@ def has_int8_dot_product() -> bool:
 
     Without it ONNX Runtime's x86 kernels add pairs of u8*s8 products in 16 bits and saturate.
     """
-    return bool(set(cpu_features()) & {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})
+    return bool(set(cpu_features()) & set(INT8_DOT_PRODUCT))
 
 
 @cache

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from deploykit import _files
 from deploykit.environment import versions
@@ -30,6 +31,7 @@ from deploykit.values import (
 )
 
 FOLDER_RECORD = "artifact.json"
+V = TypeVar("V", bound=Value)
 
 
 class Made(Value):
@@ -160,6 +162,23 @@ def digest_of(data: Mapping[str, object]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def remember(path: Path, key: str, kind: type[V], make: Callable[[], V]) -> tuple[V, bool]:
+    """The value that lies at `path` if it was made under this key; else make and keep it.
+
+    Returns the value and whether an earlier one was taken. A torn or foreign file is a miss.
+    """
+    try:
+        kept = read_json(path)
+        if kept.get("key") == key:
+            return kind.model_validate(kept["value"]), True
+    except (InputError, ValueError, KeyError):
+        pass
+    value = make()
+    plain = {"key": key, "value": value.model_dump(mode="json", by_alias=True)}
+    _files.write_text(path, json.dumps(plain) + "\n")
+    return value, False
+
+
 def read_json(path: Path) -> Json:
     """Read a JSON object. Raises InputError: missing, not JSON, not an object."""
     try:
@@ -181,9 +200,14 @@ def code_digest() -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _write_record(path: Path, artifact: Artifact) -> None:
+def record_text(artifact: Artifact) -> str:
+    """The record of an artifact as JSON text, without the place where it lies."""
     plain = artifact.model_dump(mode="json", exclude={"path"})
-    text = json.dumps({**plain, "path": "."}, indent=1) + "\n"
+    return json.dumps({**plain, "path": "."}, indent=1) + "\n"
+
+
+def _write_record(path: Path, artifact: Artifact) -> None:
+    text = record_text(artifact)
     if path.name == FOLDER_RECORD:
         path.write_text(text, encoding="utf-8")
     else:

@@ -224,6 +224,8 @@ class Measurement(Value):
     peak_rss_bytes: int
     transfers: Literal["host to host"] = "host to host"
     affinity: tuple[int, ...] = ()
+    cosines: dict[str, float] = {}
+    """Cosine of each output with that of the run's first engine on the same feeds."""
     invalid: str | None = None
     """Why the times must not be used; None for a valid measurement."""
 
@@ -245,46 +247,6 @@ class Gate(Value):
     value: Interval
     limit: float
     passed: bool
-
-
-class FileEntry(Value):
-    """A file of a bundle; the path is relative, with `/`."""
-
-    path: str
-    size: int
-    sha256: str
-    role: Literal["model", "record", "config", "golden", "evidence"]
-
-
-class Engine(Value):
-    """A model of a bundle, and what it requires of the machine."""
-
-    path: str
-    format: Format
-    precision: Precision
-    backend: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    requires: Json
-    built_on: Json
-
-
-class Bundle(Value):
-    """The manifest of a bundle, `manifest.json`."""
-
-    schema_: Literal["deploykit.bundle/1"] = Field(default="deploykit.bundle/1", alias="schema")
-    name: str
-    version: Annotated[int, Field(ge=1)]
-    created: str
-    layout: str
-    files: tuple[FileEntry, ...]
-    engines: tuple[Engine, ...]
-    preprocessing: Preprocessing | None
-    golden: Json
-    lineage: tuple[StageRecord, ...]
-    evidence: Json
-
-    model_config = ConfigDict(populate_by_name=True)
 
 
 Verdict.model_rebuild()

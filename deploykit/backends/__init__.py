@@ -56,7 +56,7 @@ def no_backend(artifact: Artifact) -> MissingError:
     if not takers:
         return MissingError(
             f"{artifact.path}: this version of deploykit runs no {artifact.format} models",
-            hint="engines are built and described, not yet run; time them with the vendor's trtexec",
+            hint="engines are built and described, not yet run; time them with trtexec",
         )
     return MissingError(
         f"{artifact.path}: no backend for {artifact.format} models can run here",

@@ -71,11 +71,10 @@ class OpenVinoSession:
         self.prepare(feed)()
         counts: Counter[str] = Counter()
         for node in self._compiled.get_runtime_model().get_ops():
-            info: Any = node.get_rt_info()
-            kind = info["layerType"] if "layerType" in info else ""
-            if kind in _NO_WORK or "runtimePrecision" not in info:
-                continue
-            counts[_TYPES.get(str(info["runtimePrecision"]), "integer")] += 1
+            info = node.get_rt_info()
+            kind, precision = (_text(info, key) for key in ("layerType", "runtimePrecision"))
+            if kind not in _NO_WORK and precision:
+                counts[_TYPES.get(precision, "integer")] += 1
         return Placement(provider="CPU", precisions=dict(counts.most_common()))
 
     def __enter__(self) -> Self:
@@ -88,3 +87,7 @@ class OpenVinoSession:
         traceback: TracebackType | None,
     ) -> None:
         del self._request, self._compiled
+
+
+def _text(info: Any, key: str) -> str:
+    return str(info[key].value) if key in info else ""

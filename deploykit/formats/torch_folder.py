@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from deploykit import _files
 from deploykit._code import load_function, split_reference
 from deploykit._lazy import needs
 from deploykit.errors import InputError, StageError
@@ -64,8 +63,14 @@ def load(artifact: Artifact) -> nn.Module:
 
 def reference_in(folder: Path, description: Description) -> str:
     """The factory's reference, resolved to the copy in the folder."""
-    place, name = split_reference(description.factory)
-    return f"{folder / FACTORY}:{name}" if place.suffix == ".py" else description.factory
+    file, name = factory_file(folder, description), split_reference(description.factory)[1]
+    return f"{file}:{name}" if file else description.factory
+
+
+def factory_file(folder: Path, description: Description) -> Path | None:
+    """The copy of the factory's file; None for a factory of an installed package."""
+    is_file = split_reference(description.factory)[0].suffix == ".py"
+    return folder / FACTORY if is_file else None
 
 
 def construct(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -92,16 +97,39 @@ def replay(module: nn.Module, description: Description) -> None:
     """Remove the channels that the edits name. Raises InputError: they do not fit the model."""
     if not description.edits:
         return
-    with needs("torch_pruning"):
-        import torch_pruning as tp
-    module.eval()
-    graph = tp.DependencyGraph().build_dependency(module, examples(description.inputs))
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    graph = dependency_graph(module, description.inputs)
     try:
         graph.load_pruning_history([(n, o, list(i)) for n, o, i in description.edits])
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise InputError(
             f"the pruning edits do not fit the factory {description.factory}: {error}",
             hint="use the factory that the model was pruned with",
+        ) from error
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
+def dependency_graph(module: nn.Module, inputs: tuple[TensorSpec, ...]) -> Any:
+    """torch-pruning's graph of the channels of `module`, which it reads from the autograd graph.
+
+    All parameters then require gradients. Raises StageError: the model cannot be traced.
+    """
+    with needs("torch_pruning"):
+        import torch
+        import torch_pruning as tp
+    for parameter in module.eval().parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    probe, run_flat = examples(inputs, batch=2), lambda model, x: output_tensors(model(*x))
+    try:
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            return tp.DependencyGraph().build_dependency(module, probe, run_flat, verbose=False)
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise StageError(
+            f"the model cannot be traced for pruning: {type(error).__name__}: {reason}",
+            hint="pruning follows gradients from the outputs to the inputs: no detach(), no_grad() "
+            "or channel shuffles on the way; or leave the model unpruned",
         ) from error
 
 
@@ -213,10 +241,10 @@ def _check_reload(module: nn.Module, description: Description, folder: Path) -> 
         inputs=description.inputs, outputs=description.outputs, sha256="",
     )  # fmt: skip
     probe = examples(description.inputs, batch=2)
-    training = module.training
+    training, again = module.training, load(artifact)
     with torch.inference_mode():
         want = output_tensors(module.eval()(*probe))
-        have = output_tensors(load(artifact)(*probe))
+        have = output_tensors(again(*probe))
     module.train(training)
     if not all(map(torch.equal, want, have)):
         raise StageError(
@@ -267,8 +295,3 @@ def run(
     with torch.inference_mode():
         tensors = [torch.from_numpy(feed[spec.name].copy()) for spec in inputs]
         return tuple(t.numpy() for t in output_tensors(module(*tensors)))
-
-
-def digest(folder: Path) -> str:
-    """Digest of the weights alone."""
-    return _files.sha256(folder / WEIGHTS)

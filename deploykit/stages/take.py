@@ -107,7 +107,7 @@ def output_specs(
             takes = ", ".join(str(spec) for spec in inputs)
             raise InputError(
                 f"the model does not run on {takes}: {str(error).splitlines()[0]}",
-                hint="correct --input-shape: names, order, shapes and dtypes of forward's arguments",
+                hint="correct --input-shape: order, shapes and dtypes of forward's arguments",
             ) from error
         shapes.append([tuple(t.shape) for t in tensors])
     if names and len(names) != len(tensors):

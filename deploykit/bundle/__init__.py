@@ -1,0 +1,21 @@
+"""Bundles: models packaged with what it takes to verify and serve them; see BUNDLE_FORMAT.md."""
+
+from __future__ import annotations
+
+from deploykit.bundle.manifest import Bundle, BundleError, Engine, FileEntry, Requirements
+from deploykit.bundle.packaging import PackagedModel, PackageOptions, package
+from deploykit.bundle.verification import EngineCheck, Verification, verify
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "Engine",
+    "EngineCheck",
+    "FileEntry",
+    "PackageOptions",
+    "PackagedModel",
+    "Requirements",
+    "Verification",
+    "package",
+    "verify",
+]

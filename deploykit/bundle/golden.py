@@ -1,0 +1,172 @@
+"""Golden inputs and outputs: what the packaged engine answered, to be answered again elsewhere."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from deploykit.backends import BACKENDS, open_session
+from deploykit.bundle.manifest import GoldenOutputs
+from deploykit.dataset import Dataset
+from deploykit.errors import InputError, IntegrityError, StageError
+from deploykit.session import Session
+from deploykit.values import Array, Artifact, Feed, Format, Precision, TensorSpec, Value
+
+INPUTS = "golden_inputs.npz"
+OUTPUTS = "golden_outputs"
+"""Begin of the names of the files of outputs, one file an engine."""
+
+SHARES: dict[Precision, float] = {
+    "fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2, "int8": 1.5e-2, "fp8": 5e-2,
+}  # fmt: skip
+"""Tolerated share of the largest |golden| value; BUNDLE_FORMAT.md gives the reasons."""
+
+
+class Agreement(Value):
+    """How the outputs of a run compare with golden outputs."""
+
+    max_error: float
+    """Largest |difference|, infinite where a dtype or shape differs."""
+    problem: str | None
+    """What is out of tolerance; None where nothing is."""
+
+
+def runners(format_: Format) -> list[str]:
+    """The backends of this version that run such models."""
+    return [backend.name for backend in BACKENDS if format_ in backend.formats]
+
+
+def no_runner(format_: Format) -> str | None:
+    """Why this version runs no such models at all, or None."""
+    return None if runners(format_) else f"this version of deploykit runs no {format_} models"
+
+
+def take(data: Dataset, models: tuple[Artifact, ...], count: int) -> Feed:
+    """The first samples of the data, as the models take them.
+
+    For models of fixed batch the last sample is repeated up to whole batches. Raises InputError:
+    the data does not fit the first model.
+    """
+    bound = data.matching(models[0].inputs).first(count)
+    feed, _ = next(bound.batches(count))
+    samples = len(bound)
+    step = math.lcm(*(_fixed_batch(model.inputs) or 1 for model in models))
+    padding = -samples % step
+    return {n: np.concatenate([a, np.repeat(a[-1:], padding, 0)]) for n, a in feed.items()}
+
+
+def record(model: Artifact, backend: str, feed: Feed, path: Path) -> GoldenOutputs:
+    """Run the model on the feed in two sessions, and write the outputs of the first at `path`.
+
+    Raises InputError: an output is not finite or not of numbers. StageError: the two runs differ.
+    """
+    samples = len(next(iter(feed.values())))
+    batch_size = _fixed_batch(model.inputs) or samples
+    first, second = (_run_anew(model, backend, feed, batch_size) for _ in range(2))
+    for name, array in first.items():
+        if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+            raise InputError(
+                f"{model.path}: output {name!r} is not finite or not of numbers on the golden data",
+                hint="the model is broken on this data; evaluate it first",
+            )
+    share = SHARES[model.precision]
+    expected = GoldenOutputs(
+        path=path.name,
+        batch_size=batch_size,
+        atol={name: share * _largest(array) for name, array in first.items()},
+        rtol=share,
+        max_error=0.0,
+    )
+    agreement = compare(first, second, expected)
+    if agreement.problem:
+        raise StageError(
+            f"{model.path} answers the same inputs differently in two runs: {agreement.problem}",
+            hint="remove what is random in it; its golden outputs would prove nothing",
+        )
+    write_arrays(path, first)
+    return expected.model_copy(update={"max_error": agreement.max_error})
+
+
+def run(session: Session, feed: Feed, batch_size: int) -> dict[str, Array]:
+    """Outputs over the feed, run `batch_size` samples at a time and stacked on the first axis."""
+    samples = len(next(iter(feed.values())))
+    parts = [
+        session.run({name: array[start : start + batch_size] for name, array in feed.items()})
+        for start in range(0, samples, batch_size)
+    ]
+    return {
+        name: np.concatenate([np.atleast_1d(part[name]) for part in parts]) for name in parts[0]
+    }
+
+
+def compare(
+    golden: Mapping[str, Array], answer: Mapping[str, Array], expected: GoldenOutputs
+) -> Agreement:
+    """Compare outputs with golden outputs within the tolerances; NaN never agrees."""
+    if set(golden) != set(answer):
+        problem = f"the outputs are {sorted(answer)}, the golden ones {sorted(golden)}"
+        return Agreement(max_error=math.inf, problem=problem)
+    found = [
+        _compare(f"output {name!r}", golden[name], answer[name], expected.atol[name], expected.rtol)
+        for name in golden
+    ]
+    problems = [agreement.problem for agreement in found if agreement.problem]
+    return Agreement(
+        max_error=max((agreement.max_error for agreement in found), default=0.0),
+        problem="; ".join(problems) or None,
+    )
+
+
+def _compare(what: str, golden: Array, answer: Array, atol: float, rtol: float) -> Agreement:
+    if golden.shape != answer.shape or golden.dtype != answer.dtype:
+        kinds = f"{answer.dtype}{list(answer.shape)}, not {golden.dtype}{list(golden.shape)}"
+        return Agreement(max_error=math.inf, problem=f"{what} is {kinds}")
+    want = golden.astype(np.float64)
+    gaps = np.abs(answer.astype(np.float64) - want)
+    off = ~(gaps <= atol + rtol * np.abs(want))
+    error = float(np.nan_to_num(gaps, nan=math.inf).max(initial=0.0))
+    if not off.any():
+        return Agreement(max_error=error, problem=None)
+    problem = (
+        f"{what} differs in {off.sum()} of {off.size} values, by up to {error:.3g} "
+        f"(tolerance {atol:.3g} + {rtol:.3g} of the value)"
+    )
+    return Agreement(max_error=error, problem=problem)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Write an `.npz`; equal arrays give equal bytes, and an array may have any name."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
+
+
+def read_arrays(path: Path) -> dict[str, Array]:
+    """Read an `.npz` of plain arrays. Raises IntegrityError."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise IntegrityError(
+            f"{path}: not an .npz of plain arrays: {error}", hint="package the model again"
+        ) from error
+
+
+def _run_anew(model: Artifact, backend: str, feed: Feed, batch_size: int) -> dict[str, Array]:
+    with open_session(model, backend) as session:
+        return run(session, feed, batch_size)
+
+
+def _fixed_batch(inputs: tuple[TensorSpec, ...]) -> int | None:
+    first = inputs[0].shape[0] if inputs and inputs[0].shape else None
+    return first if isinstance(first, int) else None
+
+
+def _largest(array: Array) -> float:
+    """Scale of the absolute tolerance: largest |value| of floats, 0 for exact whole numbers."""
+    return float(np.abs(array).max(initial=0.0)) if array.dtype.kind == "f" else 0.0

@@ -1,0 +1,223 @@
+"""The manifest of a bundle, `manifest.json`: BUNDLE_FORMAT.md says what each key means."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field
+
+from deploykit.errors import InputError, IntegrityError
+from deploykit.values import Json, Precision, Preprocessing, TensorSpec, Value, parse
+
+MANIFEST = "manifest.json"
+SCHEMA: Final = "deploykit.bundle/1"
+LARGEST_MANIFEST = 64 << 20
+GET_AGAIN = "get the bundle again from where it was made"
+
+Role = Literal["model", "record", "config", "golden", "evidence"]
+
+
+class BundleError(IntegrityError):
+    """A bundle is not what its manifest says; `problems` lists everything that was found."""
+
+    def __init__(self, path: Path, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        count, rest = len(self.problems), self.problems[1:6]
+        more = [f"and {count - 6} more"] if count > 6 else []
+        also = f"also: {'; '.join((*rest, *more))}; " if rest else ""
+        super().__init__(
+            f"{path}: {count} problem{'s' * (count > 1)}: {self.problems[0]}",
+            hint=also + GET_AGAIN,
+        )
+
+
+class FileEntry(Value):
+    """A file of the bundle; the path is relative to the bundle, with `/`."""
+
+    path: str
+    size: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    role: Role
+
+
+class Requirements(Value):
+    """What an engine needs to run at all and to give the answers that were measured."""
+
+    system: str | None = None
+    """`Linux`; None where any system will do."""
+    machine: str | None = None
+    """`x86_64`; None where any architecture will do."""
+    cpu_features_any: tuple[str, ...] = ()
+    """One of these, by their Linux names; empty for none."""
+    runtimes: tuple[str, ...]
+    """Names of the Python distributions, one of which must be installed."""
+    version: str
+    match: Literal["at least", "exactly"]
+    opset: int | None = None
+    """Version of the standard operator set that the file declares; None for native code."""
+    gpus: tuple[str, ...] = ()
+    """Compute capabilities that native code was built for."""
+
+
+class GoldenOutputs(Value):
+    """The engine's own outputs for the golden inputs, and how far a later run may be from them.
+
+    A value v agrees with its golden value g where |v - g| <= atol + rtol * |g|.
+    """
+
+    path: str
+    batch_size: Annotated[int, Field(ge=1)]
+    atol: dict[str, Annotated[float, Field(ge=0)]]
+    """By output, in the unit of the output."""
+    rtol: Annotated[float, Field(ge=0)]
+    max_error: float
+    """Largest |difference| between two runs when the bundle was made."""
+
+
+class Engine(Value):
+    """A model of the bundle, and what it requires of the machine."""
+
+    path: str
+    record: str
+    """Path of the model's record: its history, stage by stage."""
+    format: Literal["onnx", "engine"]
+    native_code: bool
+    """Whether loading it runs machine code from the file."""
+    precision: Precision
+    backend: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    requires: Requirements
+    built_on: Json
+    """The machine that computed the golden outputs; the libraries that built native code."""
+    golden: GoldenOutputs | None
+    no_golden: str | None = None
+    """Why there are no golden outputs; None where there are."""
+
+
+class GoldenInputs(Value):
+    """The samples that every engine was run on, as the model takes them."""
+
+    path: str
+    samples: int
+    data: str
+    """Last part of the reference of the data that they come from."""
+    data_digest: str
+
+
+class Bundle(Value):
+    """The manifest."""
+
+    schema_: Literal["deploykit.bundle/1"] = Field(default=SCHEMA, alias="schema")
+    name: str
+    version: Annotated[int, Field(ge=1)]
+    created: str
+    """UTC, ISO 8601."""
+    layout: str
+    files: tuple[FileEntry, ...]
+    """Every file but the manifest itself."""
+    engines: tuple[Engine, ...]
+    """The one to serve first."""
+    golden: GoldenInputs
+    preprocessing: Preprocessing | None
+    evidence: str | None
+    """Path of the scores and measurements; None where none were given."""
+
+
+def to_json(bundle: Bundle) -> str:
+    """The text of `manifest.json`; `from_json` gives an equal value back."""
+    return json.dumps(bundle.model_dump(mode="json", by_alias=True), indent=1) + "\n"
+
+
+def from_json(text: str | bytes, where: Path) -> Bundle:
+    """Parse a manifest. Raises BundleError: torn, of another schema, unknown keys, bad paths."""
+    try:
+        data = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(where, [f"{MANIFEST} is not JSON: {error}"]) from error
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        known = f"this version of deploykit reads {SCHEMA}"
+        raise BundleError(where, [f"{MANIFEST} has the schema {schema!r}; {known}"])
+    try:
+        bundle = parse(Bundle, data, MANIFEST)
+    except InputError as error:
+        raise BundleError(where, [str(error)]) from error
+    if problems := _problems(bundle):
+        raise BundleError(where, problems)
+    return bundle
+
+
+def read(folder: Path) -> Bundle:
+    """Read the manifest of a bundle. Raises InputError: no folder. BundleError: see `from_json`."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no bundle (no such folder)", hint="give a bundle's folder")
+    path = folder / MANIFEST
+    try:
+        with os.fdopen(open_file(path), "rb") as file:
+            text = file.read(LARGEST_MANIFEST + 1)
+    except FileNotFoundError as error:
+        raise BundleError(folder, [f"{MANIFEST} is missing"]) from error
+    except OSError as error:
+        raise BundleError(folder, [f"{MANIFEST} cannot be read: {error.strerror}"]) from error
+    if len(text) > LARGEST_MANIFEST:
+        raise BundleError(folder, [f"{MANIFEST} is larger than {LARGEST_MANIFEST} bytes"])
+    return from_json(text, folder)
+
+
+def open_file(path: Path) -> int:
+    """A descriptor of a regular file. Raises OSError: not one (a link is not followed)."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(None, "no regular file", str(path))
+    return descriptor
+
+
+def path_problem(path: str) -> str | None:
+    """Why a path of a manifest must not be used, or None."""
+    parts = path.split("/")
+    if any(part in ("", ".", "..") for part in parts) or "\\" in path or not path.isprintable():
+        return f"path {path!r} is not relative and normalised"
+    return f"{MANIFEST} lists itself" if path.casefold() == MANIFEST else None
+
+
+def _problems(bundle: Bundle) -> list[str]:
+    """Bad and repeated paths, and references to files that are not listed in their role."""
+    found = [problem for entry in bundle.files if (problem := path_problem(entry.path))]
+    counts = Counter(entry.path.casefold() for entry in bundle.files)
+    found += [f"path {path!r} is listed {n} times" for path, n in counts.items() if n > 1]
+    listed = {(entry.path, entry.role) for entry in bundle.files}
+    wanted = _references(bundle)
+    found += [f"{p!r} is not listed as {role}" for p, role in wanted if (p, role) not in listed]
+    if not bundle.engines:
+        found.append("there are no engines")
+    for engine in bundle.engines:
+        if (engine.golden is None) == (engine.no_golden is None):
+            found.append(f"{engine.path}: golden outputs, or the reason why there are none")
+    return found
+
+
+def _references(bundle: Bundle) -> list[tuple[str, Role]]:
+    references: list[tuple[str, Role]] = [(bundle.golden.path, "golden")]
+    if bundle.evidence is not None:
+        references.append((bundle.evidence, "evidence"))
+    for engine in bundle.engines:
+        references += [(engine.path, "model"), (engine.record, "record")]
+        if engine.golden:
+            references.append((engine.golden.path, "golden"))
+    return references
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Json:
+    """A JSON object without repeated keys. Raises ValueError."""
+    counts = Counter(key for key, _ in pairs)
+    if repeated := [key for key, n in counts.items() if n > 1]:
+        raise ValueError(f"key {repeated[0]!r} is given {counts[repeated[0]]} times")
+    return dict(pairs)

@@ -1,0 +1,159 @@
+"""What several commands share: models, data, output."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from deploykit._code import split_reference
+from deploykit._shapes import parse_inputs
+from deploykit.dataset import Dataset, open_dataset
+from deploykit.errors import InputError, UsageError
+from deploykit.formats import open_model
+from deploykit.stages.take import TakeOptions, take
+from deploykit.values import Artifact, Json, TensorSpec, Value
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+JSON_HINT = """write '{"width": 24}'"""
+
+output_option = click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Where the result goes."
+)
+force_option = click.option("--force", is_flag=True, help="Replace what is there.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+backend_option = click.option("--backend", help="pytorch, ort-cpu or openvino.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(1), default=None, help="Threads of the runtime."
+)
+
+
+def data_option(
+    role: str = "--data", *, required: bool = True, text: str = "Data."
+) -> Callable[[F], F]:
+    """An option that takes a data reference."""
+    text += " An .npz, a folder of them or of images, or file.py:function."
+    return click.option(role, "data", required=required, help=text)
+
+
+def factory_options(command: F) -> F:
+    """Options for a model that is given as a factory."""
+    for option in reversed(
+        (
+            click.option(
+                "--weights",
+                type=click.Path(path_type=Path),
+                help="Checkpoint of a factory: .safetensors, or a .pt state dict.",
+            ),
+            click.option("--model-args", default="{}", help="Arguments of a factory, as JSON."),
+            click.option(
+                "--input-shape",
+                "input_shapes",
+                multiple=True,
+                help="Input of a factory's model: name:1x3x224x224 or name:1x128:int64; "
+                "the first axis is the batch. By default the data's.",
+            ),
+            click.option(
+                "--dynamic-axis",
+                "dynamic_axes",
+                multiple=True,
+                help="A further dynamic axis: name:1=length.",
+            ),
+            click.option("--output-name", "output_names", multiple=True, help="Name of an output."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def is_factory(reference: str) -> bool:
+    """Whether a model reference names a function rather than a path."""
+    return ":" in reference and not Path(reference).exists()
+
+
+def model(reference: str, given: dict[str, Any], data: Dataset | None = None) -> Artifact:
+    """Open a model; a factory is first written to a temporary torch artifact.
+
+    Raises UsageError: a factory's options with a model that is none, or JSON that is none.
+    """
+    if not is_factory(reference):
+        for name in ("weights", "input_shapes", "dynamic_axes", "output_names"):
+            if given.get(name):
+                raise UsageError(
+                    f"--{name.rstrip('s').replace('_', '-')} goes with a factory, "
+                    f"{reference} is a model on disk",
+                    hint="leave it out: the model knows",
+                )
+        return open_model(reference)
+    options = TakeOptions(
+        factory=reference,
+        arguments=_arguments(given.get("model_args", "{}")),
+        weights=given.get("weights"),
+        inputs=_inputs(reference, given, data),
+        outputs=given.get("output_names", ()),
+    )
+    folder = click.get_current_context().with_resource(tempfile.TemporaryDirectory())
+    return take(options, out=Path(folder) / split_reference(reference)[1])
+
+
+def _inputs(reference: str, given: dict[str, Any], data: Dataset | None) -> tuple[TensorSpec, ...]:
+    shapes, axes = given.get("input_shapes", ()), given.get("dynamic_axes", ())
+    specs = parse_inputs(shapes, axes)
+    if not specs and data is not None:
+        specs = data.specs()
+    if not specs:
+        raise UsageError(
+            f"{reference} is a factory and its inputs are not known",
+            hint="give --input-shape name:1x3x224x224, or --data",
+        )
+    return specs
+
+
+def _arguments(text: str) -> Json:
+    try:
+        arguments = json.loads(text)
+    except ValueError as error:
+        raise UsageError(
+            f"--model-args {text!r}: {error}", hint="""write '{"width": 24}'"""
+        ) from error
+    if not isinstance(arguments, dict):
+        raise UsageError(f"--model-args {text!r} is no object", hint=JSON_HINT)
+    return arguments
+
+
+def data(reference: str | None) -> Dataset | None:
+    """Open data, or None. Raises InputError: it is the word `random`."""
+    if reference == "random":
+        raise InputError("random data would give a meaningless result here", hint="give real data")
+    return open_dataset(reference) if reference else None
+
+
+def required_data(reference: str) -> Dataset:
+    """Open data that must be real."""
+    opened = data(reference)
+    if opened is None:
+        raise InputError("the data reference is empty", hint="give real data")
+    return opened
+
+
+def show(value: Value | Json, text: str, *, as_json: bool, schema: str = "") -> None:
+    """Print a result: text, or one JSON document with a `schema` key."""
+    if not as_json:
+        click.echo(text)
+        return
+    plain = value.model_dump(mode="json", by_alias=True) if isinstance(value, Value) else value
+    document = plain if "schema" in plain else {"schema": schema, **plain}
+    click.echo(json.dumps(document, indent=1))
+
+
+def made(artifact: Artifact, *, as_json: bool) -> None:
+    """Print what a stage made."""
+    from deploykit.report.summary import describe
+
+    text = f"{artifact.path}: {describe(artifact)}"
+    show(artifact, text, as_json=as_json, schema="deploykit.artifact/1")

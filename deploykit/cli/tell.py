@@ -1,0 +1,103 @@
+"""`doctor`, `inspect`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from deploykit import _files, backends
+from deploykit.cli import COMMANDS, _common
+from deploykit.environment import read as read_environment
+from deploykit.environment import versions
+from deploykit.formats import onnx_file
+from deploykit.report.summary import size
+from deploykit.stages import build
+from deploykit.stages.quantize import preset
+from deploykit.values import Artifact, Json
+
+
+@click.command("doctor", help=COMMANDS["doctor"][1])
+@_common.json_option
+def doctor_command(*, as_json: bool) -> None:
+    """Say what works here."""
+    checks: dict[str, str | None] = {b.name: b.unavailable() for b in backends.BACKENDS}
+    reason = build.unavailable()
+    checks["build (TensorRT)"] = f"{reason}: {build.INSTALL}" if reason else None
+    from deploykit.backends._common import missing_library
+
+    checks["triton layout"] = missing_library("tritonclient")
+    checks["onnxruntime packages"] = _conflict()
+    environment = read_environment()
+    chosen = preset("ort-cpu")
+    lines = [f"{'ok ' if why is None else 'no '} {name}{f': {why}' if why else ''}"
+             for name, why in checks.items()]  # fmt: skip
+    lines += [
+        f"cpu: {environment.cpu}, {environment.cores} cores, {', '.join(environment.cpu_features)}",
+        f"int8 preset here: {chosen.name} ({chosen.reason})",
+        "versions: " + ", ".join(f"{k} {v}" for k, v in environment.libraries.items()),
+    ]
+    document: Json = {
+        "checks": {name: {"ok": why is None, "reason": why} for name, why in checks.items()},
+        "environment": environment.model_dump(mode="json"),
+        "int8_preset": chosen.model_dump(mode="json"),
+    }
+    _common.show(document, "\n".join(lines), as_json=as_json, schema="deploykit.doctor/1")
+
+
+def _conflict() -> str | None:
+    both = versions(("onnxruntime", "onnxruntime-gpu"))
+    if len(both) < 2:
+        return None
+    return (
+        "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
+        "uninstall both, then install one"
+    )
+
+
+@click.command("inspect", help=COMMANDS["inspect"][1])
+@click.argument("model")
+@_common.factory_options
+@_common.json_option
+def inspect_command(model: str, *, as_json: bool, **given: Any) -> None:
+    """Say what a model is."""
+    artifact = _common.model(model, given)
+    graph = _graph(artifact)
+    document = {**artifact.model_dump(mode="json"), "graph": graph}
+    _common.show(document, _text(artifact, graph), as_json=as_json, schema="deploykit.artifact/1")
+
+
+def _graph(artifact: Artifact) -> Json:
+    if artifact.format != "onnx":
+        return {}
+    loaded = onnx_file.read(artifact.path)
+    return {
+        "opset": onnx_file.opset(loaded),
+        "parameters": onnx_file.parameters(loaded),
+        "operators": onnx_file.operators(loaded),
+    }
+
+
+def _text(artifact: Artifact, graph: Json) -> str:
+    weight = size(_files.size_bytes(artifact.path))
+    lines = [f"{artifact.path}: {artifact.format}, {artifact.precision}, {weight}"]
+    lines += [f"  in   {spec}" for spec in artifact.inputs]
+    lines += [f"  out  {spec}" for spec in artifact.outputs]
+    if graph:
+        kinds = ", ".join(f"{name} {n}" for name, n in graph["operators"].items())
+        lines.append(f"  opset {graph['opset']}, {graph['parameters']:,} parameters: {kinds}")
+    if artifact.preprocessing:
+        lines.append(f"  preprocessing: {artifact.preprocessing}")
+    for record in artifact.history:
+        lines.append(f"  {record.stage} ({record.seconds:.1f} s)")
+        lines += [f"    {name}: {_short(value)}" for name, value in record.facts.items()]
+    if not artifact.history:
+        lines.append("  no record: not made by deploykit, or its record is gone")
+    return "\n".join(lines)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    if isinstance(value, (dict, list)) and len(text) > 160:
+        return f"{len(value)} entries (--json shows them)"
+    return text

@@ -1,0 +1,83 @@
+"""`prune`, `distill`, `export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deploykit.cli import COMMANDS, _common, _options
+from deploykit.cli._observer import Terminal
+from deploykit.stages.distill import DistillOptions, distill
+from deploykit.stages.export import ExportOptions, export
+from deploykit.stages.prune import PruneOptions, prune
+
+
+@click.command("prune", help=COMMANDS["prune"][1])
+@click.argument("model")
+@_common.output_option
+@_options.fields(PruneOptions)
+@_common.factory_options
+@_common.force_option
+@_common.json_option
+def prune_command(model: str, output: Path, *, force: bool, as_json: bool, **given: Any) -> None:
+    """Remove channels."""
+    source = _common.model(model, given)
+    artifact = prune(source, _options.make(PruneOptions, given), out=output, force=force)
+    _common.made(artifact, as_json=as_json)
+
+
+@click.command("distill", help=COMMANDS["distill"][1])
+@click.argument("student")
+@_common.output_option
+@click.option("--teacher", required=True, help="A torch artifact folder, or file.py:factory.")
+@click.option(
+    "--teacher-weights",
+    type=click.Path(path_type=Path),
+    help="Checkpoint of a factory.",
+)
+@_common.data_option(text="Training data; labels in 'target'.")
+@_options.fields(DistillOptions)
+@_common.factory_options
+@_common.force_option
+@_common.json_option
+def distill_command(
+    student: str, output: Path, *, teacher: str, data: str, force: bool, as_json: bool, **given: Any
+) -> None:
+    """Train the student."""
+    opened = _common.required_data(data)
+    source = _common.model(student, given, opened)
+    guide = _common.model(teacher, {"weights": given["teacher_weights"]}, opened)
+    options = _options.make(DistillOptions, given)
+    with Terminal() as terminal:
+        terminal.step(student, "distill")
+        artifact = distill(
+            source,
+            options,
+            teacher=guide,
+            data=opened,
+            out=output,
+            force=force,
+            progress=terminal.progress,
+        )
+    _common.made(artifact, as_json=as_json)
+
+
+@click.command("export", help=COMMANDS["export"][1])
+@click.argument("model")
+@_common.output_option
+@_common.data_option(required=False, text="Compare with PyTorch on this data; else on random.")
+@_options.fields(ExportOptions)
+@_common.factory_options
+@_common.force_option
+@_common.json_option
+def export_command(
+    model: str, output: Path, *, data: str | None, force: bool, as_json: bool, **given: Any
+) -> None:
+    """Export to ONNX."""
+    opened = _common.data(data)
+    source = _common.model(model, given, opened)
+    options = _options.make(ExportOptions, given)
+    artifact = export(source, options, out=output, data=opened, force=force)
+    _common.made(artifact, as_json=as_json)

@@ -1,0 +1,177 @@
+"""One candidate at one batch size: its process, and what it has given so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from deploykit.measure import feeds, outputs
+from deploykit.measure.child import Child, ChildError
+from deploykit.measure.protocol import (
+    Finish,
+    Finished,
+    Open,
+    Opened,
+    Time,
+    Timed,
+    Warmed,
+    WarmUp,
+)
+from deploykit.measure.result import BenchOptions, Candidate
+from deploykit.measure.statistics import drift
+from deploykit.values import Array, Measurement, Placement, SessionOptions, V, Value
+
+MIN_WARMUP_RUNS, WARMUP_WINDOWS, WARMUP_LIMIT = 5, 5, 10
+"""Calls at least; windows in the least warm-up time; how many times that it may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What the lanes of a run have in common."""
+
+    options: BenchOptions
+    affinity: tuple[int, ...]
+    worker: Sequence[str]
+
+
+class Lane:
+    """A candidate's way through a run. Once `invalid` is set its process is gone."""
+
+    def __init__(self, candidate: Candidate, batch_size: int, setup: Setup, folder: Path) -> None:
+        """Start the process; `folder` is made, for its files."""
+        folder.mkdir()
+        self.candidate, self.batch_size = candidate, batch_size
+        self.invalid: str | None = None
+        self.notes: list[str] = []
+        self.before: list[dict[str, Array]] = []
+        """Outputs of the first feeds, before timing."""
+        self.blocks_ns: list[tuple[int, ...]] = []
+        self.cosines: dict[str, float] = {}
+        self._setup, self._folder = setup, folder
+        self._session_options = SessionOptions(threads=setup.options.threads)
+        self._opened = Opened(load_ns=0, first_run_ns=0, affinity=())
+        self._warmed = Warmed(runs=0, steady=False, window_medians_ns=())
+        self._finished = Finished(
+            placement=Placement(provider="unknown", precisions={}), peak_rss_bytes=0
+        )
+        self._child = Child(setup.worker, folder, setup.options.threads)
+
+    def open(self, pool: Path) -> None:
+        """Load the model and keep its first outputs."""
+        request = Open(
+            artifact=self.candidate.artifact,
+            backend=self.candidate.backend,
+            options=self._session_options,
+            affinity=self._setup.affinity,
+            feeds=pool,
+            outputs=self._folder / "before.npz",
+        )
+        if opened := self._ask(request, Opened):
+            self._opened = opened
+            self.before = feeds.read(request.outputs)
+            self._void(outputs.not_finite(self.before))
+
+    def compare(self, baseline: Lane) -> None:
+        """Hold the outputs against the baseline's: a wrong output voids the times."""
+        if self.invalid or not baseline.before:
+            return
+        specs = baseline.candidate.artifact.outputs
+        self._void(outputs.mismatch(baseline.before, self.before, specs))
+        if not self.invalid:
+            self.cosines = outputs.cosines(baseline.before, self.before)
+            self._void(outputs.uncorrelated(self.cosines, baseline.before))
+
+    def warm_up(self) -> None:
+        """Run until the times are steady; void where they still drift when time is up."""
+        least_ns = self._setup.options.effort.warmup_ms * 1e6
+        request = WarmUp(
+            min_runs=MIN_WARMUP_RUNS,
+            window_ns=int(least_ns / WARMUP_WINDOWS),
+            max_ns=int(least_ns * WARMUP_LIMIT),
+        )
+        warmed = self._ask(request, Warmed, request.max_ns)
+        if not warmed:
+            return
+        self._warmed = warmed
+        if levels := None if warmed.steady else drift(warmed.window_medians_ns):
+            self._void(
+                f"not steady after {warmed.runs} runs of warm-up: a call went from "
+                f"{levels[0] / 1e6:.3g} to {levels[1] / 1e6:.3g} ms and on"
+            )
+        elif not warmed.steady:
+            self.notes.append(f"{self.label}: noisy, its times did not settle within 5 %")
+
+    def time(self, start: int) -> None:
+        """Take one block, beginning with feed `start` of the pool."""
+        request = Time(start=start, budget_ns=int(self._setup.options.effort.block_ms * 1e6))
+        if timed := self._ask(request, Timed, request.budget_ns):
+            self.blocks_ns.append(timed.calls_ns)
+
+    def finish(self) -> None:
+        """Run the first feeds again: outputs that changed void the times."""
+        request = Finish(outputs=self._folder / "after.npz")
+        if finished := self._ask(request, Finished):
+            self._finished = finished
+            after = feeds.read(request.outputs)
+            self._void(outputs.not_finite(after) or outputs.changed(self.before, after))
+            self._note_precision(finished.placement)
+
+    @property
+    def label(self) -> str:
+        """Name and batch size."""
+        return f"{self.candidate.name} (batch {self.batch_size})"
+
+    def measurement(self) -> Measurement:
+        """What was measured, or why it must not be used."""
+        return Measurement(
+            name=self.candidate.name,
+            backend=self.candidate.backend,
+            batch_size=self.batch_size,
+            options=self._session_options,
+            load_ns=self._opened.load_ns,
+            first_run_ns=self._opened.first_run_ns,
+            warmup_runs=self._warmed.runs,
+            blocks_ns=tuple(self.blocks_ns),
+            placement=self._finished.placement,
+            peak_rss_bytes=self._finished.peak_rss_bytes,
+            affinity=self._opened.affinity,
+            cosines=self.cosines,
+            invalid=self.invalid,
+        )
+
+    def _ask(self, request: Value, kind: type[V], expected_ns: int = 0) -> V | None:
+        """The answer; None if the lane is out, from before or by this."""
+        if self.invalid:
+            return None
+        try:
+            return self._child.ask(
+                request, kind, self._setup.options.max_seconds + expected_ns / 1e9
+            )
+        except ChildError as error:
+            self._void(str(error))
+            return None
+
+    def _void(self, reason: str | None) -> None:
+        if reason:
+            self.invalid = reason
+            self._child.close()
+
+    def _note_precision(self, placement: Placement) -> None:
+        asked = self.candidate.artifact.precision
+        if placement.precisions and asked not in placement.precisions:
+            ran = ", ".join(f"{name} {count}" for name, count in placement.precisions.items())
+            self.notes.append(f"{self.label}: is {asked}, but no operator ran in it (ran: {ran})")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._child.close()

@@ -1,0 +1,95 @@
+"""What a benchmark and its worker processes say to each other: one JSON document a line.
+
+The worker answers each request with the answer named in the request's docstring, or with `Failed`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from deploykit.values import Artifact, Placement, SessionOptions, Value
+
+
+class Open(Value):
+    """Load the model, run it once, and write its outputs to `outputs`: `Opened`."""
+
+    do: Literal["open"] = "open"
+    artifact: Artifact
+    backend: str
+    options: SessionOptions
+    affinity: tuple[int, ...]
+    feeds: Path
+    outputs: Path
+
+
+class Opened(Value):
+    """The model is loaded.
+
+    `load_ns` is the wall time of opening the session without that of import statements: reading
+    the file, building and optimizing. `first_run_ns` is the first call, host to host.
+    """
+
+    load_ns: int
+    first_run_ns: int
+    affinity: tuple[int, ...]
+
+
+class WarmUp(Value):
+    """Run until the times are steady: `Warmed`."""
+
+    do: Literal["warm up"] = "warm up"
+    min_runs: int
+    window_ns: int
+    max_ns: int
+
+
+class Warmed(Value):
+    """What warm-up saw: the median time of a call in each window."""
+
+    runs: int
+    steady: bool
+    window_medians_ns: tuple[int, ...]
+
+
+class Time(Value):
+    """Run for about `budget_ns`, starting with feed `start` of the pool: `Timed`."""
+
+    do: Literal["time"] = "time"
+    start: int
+    budget_ns: int
+
+
+class Timed(Value):
+    """The time of each call of one block."""
+
+    calls_ns: tuple[int, ...]
+
+
+class Finish(Value):
+    """Run the first feeds again and write their outputs to `outputs`: `Finished`."""
+
+    do: Literal["finish"] = "finish"
+    outputs: Path
+
+
+class Finished(Value):
+    """What is known at the end.
+
+    `peak_rss_bytes` is the process's: interpreter, libraries, pool of feeds and model.
+    """
+
+    placement: Placement
+    peak_rss_bytes: int
+
+
+class Failed(Value):
+    """Why the request was not done, in one line."""
+
+    failed: str
+
+
+Request = Open | WarmUp | Time | Finish
+REQUEST: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="do")])

@@ -1,0 +1,126 @@
+"""What is asked of a benchmark, and what it found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import ConfigDict, Field
+
+from deploykit import _files, store
+from deploykit.environment import Environment
+from deploykit.errors import UsageError, did_you_mean
+from deploykit.values import Artifact, Measurement, Value, parse
+
+MIN_BLOCKS = 15
+"""Fewer blocks carry no interval (google-benchmark and criterion take 15 and more)."""
+
+Preset = Literal["quick", "standard", "full"]
+
+
+class Effort(NamedTuple):
+    """How long each process of a run is timed."""
+
+    blocks: int
+    block_ms: float
+    warmup_ms: float
+
+
+PRESETS: dict[Preset, Effort] = {
+    "quick": Effort(blocks=20, block_ms=100, warmup_ms=300),
+    "standard": Effort(blocks=100, block_ms=150, warmup_ms=1000),
+    "full": Effort(blocks=300, block_ms=600, warmup_ms=5000),
+}
+"""For one candidate beside the baseline and its control: about 10, 60 and 600 seconds."""
+
+
+class Candidate(Value):
+    """A model and the backend to run it on; names are unique in a run."""
+
+    name: str
+    artifact: Artifact
+    backend: str
+
+
+class BenchOptions(Value):
+    """How to measure."""
+
+    batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1,), min_length=1, description="Samples in one call; each size is measured apart."
+    )
+    threads: int = Field(1, ge=1, description="Threads and CPU cores of each model.")
+    preset: Preset = Field(
+        "standard",
+        description="About 10, 60 or 600 seconds for one candidate beside the baseline. Numbers "
+        "of quick are not to be compared with those of another run.",
+    )
+    blocks: int | None = Field(
+        None, ge=MIN_BLOCKS, description="Blocks of calls for each model, instead of the preset's."
+    )
+    block_ms: float | None = Field(
+        None, gt=0, description="Length of a block in milliseconds, instead of the preset's."
+    )
+    warmup_ms: float | None = Field(
+        None, gt=0, description="Least warm-up in milliseconds, instead of the preset's."
+    )
+    max_seconds: float = Field(
+        120,
+        gt=0,
+        description="Time for a model to load, and to be silent beyond what it was asked to do; "
+        "then it is stopped.",
+    )
+    seed: int = Field(0, ge=0, description="Seed of the order of blocks and of random inputs.")
+
+    @property
+    def effort(self) -> Effort:
+        """The preset with what was given instead."""
+        preset = PRESETS[self.preset]
+        return Effort(
+            self.blocks or preset.blocks,
+            self.block_ms or preset.block_ms,
+            self.warmup_ms or preset.warmup_ms,
+        )
+
+
+class BenchResult(Value):
+    """All raw times of a run, and what is needed to judge them.
+
+    The control is the baseline once more, in a process of its own: see `noise_floor`.
+    """
+
+    schema_: Literal["deploykit.bench/1"] = Field(default="deploykit.bench/1", alias="schema")
+    baseline: str
+    control: str
+    measurements: tuple[Measurement, ...]
+    options: BenchOptions
+    inputs: Literal["real", "random"]
+    data_digest: str | None
+    environment: Environment
+    """Before the run."""
+    load_average_after: float
+    steal_share: float | None
+    """Share of CPU time that the hypervisor gave to others during the run, where it is told."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know before using the numbers, one sentence each."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    def of(self, name: str, batch_size: int) -> Measurement:
+        """The measurement of a candidate at a batch size. Raises UsageError: there is none."""
+        found = {m.name: m for m in self.measurements if m.batch_size == batch_size}
+        if name not in found:
+            raise UsageError(
+                f"no measurement of {name!r} at batch size {batch_size}",
+                hint=did_you_mean(name, found or map(str, self.options.batch_sizes)),
+            )
+        return found[name]
+
+
+def write_result(result: BenchResult, path: Path) -> None:
+    """Write a result as JSON; `read_result` gives an equal value back."""
+    _files.write_text(path, result.model_dump_json(by_alias=True) + "\n")
+
+
+def read_result(path: Path) -> BenchResult:
+    """Read what `write_result` wrote. Raises InputError."""
+    return parse(BenchResult, store.read_json(path), str(path))

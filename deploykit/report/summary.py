@@ -1,0 +1,233 @@
+"""The summary of a run: one row an engine, with an interval for each number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+
+from deploykit import _files
+from deploykit.measure import BenchResult, statistics
+from deploykit.report import html
+from deploykit.values import Artifact, Interval, Measurement, Score, Value, Verdict
+
+
+class Row(Value):
+    """One model on one backend; a number that was not measured is None."""
+
+    name: str
+    backend: str
+    precision: str
+    """Of the file; `ran` says what the runtime made of it."""
+    ran: dict[str, int] | None
+    size_bytes: int
+    score: Interval
+    samples: int
+    batch_size: int | None = None
+    p50_ms: Interval | None = None
+    p90_ms: Interval | None = None
+    p99_ms: Interval | None = None
+    throughput_per_second: Interval | None = None
+    throughput_batch_size: int | None = None
+    over_pytorch: Interval | None = None
+    over_fp32_onnx: Interval | None = None
+    invalid: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        engine: tuple[str, str],
+        artifact: Artifact,
+        score: Score,
+        result: BenchResult,
+        *,
+        baselines: tuple[str, str],
+    ) -> Row:
+        """The row of an engine, named by model and backend.
+
+        `baselines` name the PyTorch and the FP32 ONNX measurement.
+        """
+        name, backend = engine
+        sizes = sorted({m.batch_size for m in result.measurements})
+        small, large = sizes[0], sizes[-1]
+        measured = measurement(result, f"{name} @ {backend}", small)
+        plain = cls(
+            name=name,
+            backend=backend,
+            precision=artifact.precision,
+            ran=measured.placement.precisions if measured and not measured.invalid else None,
+            size_bytes=_files.size_bytes(artifact.path),
+            score=score.score,
+            samples=score.samples,
+        )
+        if measured is None or measured.invalid:
+            return plain.model_copy(update={"invalid": measured.invalid if measured else None})
+        pytorch, onnx = (measurement(result, b, small) for b in baselines)
+        many = measurement(result, f"{name} @ {backend}", large)
+        return plain.model_copy(
+            update={
+                "batch_size": small,
+                "p50_ms": statistics.percentile_interval_ms(measured, 50),
+                "p90_ms": statistics.percentile_interval_ms(measured, 90),
+                "p99_ms": statistics.percentile_interval_ms(measured, 99),
+                "throughput_per_second": statistics.throughput(many) if many else None,
+                "throughput_batch_size": large if many else None,
+                "over_pytorch": speedup(pytorch, measured),
+                "over_fp32_onnx": speedup(onnx, measured),
+            }
+        )
+
+
+class RunSummary(Value):
+    """What a run found."""
+
+    schema_: Literal["deploykit.run-summary/1"] = Field(
+        default="deploykit.run-summary/1", alias="schema"
+    )
+    recipe: str
+    metric: str
+    target: str
+    rows: tuple[Row, ...]
+    noise_floor: Interval
+    """Speed-up of the baseline over itself in another process: less than this is noise."""
+    verdict: Verdict
+    comparable: bool
+    """Whether the times may be compared with another run's; a quick preset's may not."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+
+def measurement(result: BenchResult, name: str, batch_size: int) -> Measurement | None:
+    """The measurement of this engine at this batch size, if there is one."""
+    found = (m for m in result.measurements if m.name == name and m.batch_size == batch_size)
+    return next(found, None)
+
+
+def speedup(baseline: Measurement | None, candidate: Measurement | None) -> Interval | None:
+    """Paired speed-up; None where one of the two was not measured or is invalid."""
+    if baseline is None or candidate is None or baseline.invalid or candidate.invalid:
+        return None
+    return statistics.speedup(baseline, candidate)
+
+
+DASH = "-"
+"""For a number that was not measured."""
+
+HEADER = (
+    "model", "runs on", "file", "ran as", "score", "size", "p50 ms", "p90 ms", "p99 ms",
+    "samples/s", "vs PyTorch", "vs FP32 ONNX",
+)  # fmt: skip
+
+
+def cells(row: Row, *, bounds: bool = True) -> tuple[str, ...]:
+    """A row as text, in the order of HEADER."""
+    times = [interval(t, 3, bounds=bounds) for t in (row.p50_ms, row.p90_ms, row.p99_ms)]
+    gains = [interval(g, 2, "x", bounds=bounds) for g in (row.over_pytorch, row.over_fp32_onnx)]
+    return (
+        row.name,
+        row.backend,
+        row.precision,
+        ran_as(row.ran),
+        interval(row.score, 4, bounds=bounds),
+        size(row.size_bytes),
+        *times,
+        interval(row.throughput_per_second, 0, bounds=bounds),
+        *gains,
+    )
+
+
+def interval(value: Interval | None, digits: int, unit: str = "", *, bounds: bool = True) -> str:
+    """`0.321 [0.318, 0.325]`; a dash for what was not measured."""
+    if value is None:
+        return DASH
+    text = f"{value.value:.{digits}f}{unit}"
+    if not bounds or value.low != value.low:
+        return text
+    return f"{text} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+
+
+def ran_as(precisions: dict[str, int] | None) -> str:
+    """`int8 26, fp32 3`: nodes by the precision in which the runtime ran them."""
+    return ", ".join(f"{name} {n}" for name, n in precisions.items()) if precisions else DASH
+
+
+def size(number: int) -> str:
+    """A size in kB or MB."""
+    return f"{number / 1e3:.0f} kB" if number < 1e6 else f"{number / 1e6:.1f} MB"
+
+
+def describe(artifact: Artifact) -> str:
+    """What a stage made, in one line."""
+    facts = artifact.facts
+    told = [artifact.precision, size(_files.size_bytes(artifact.path))]
+    for key, text in (
+        ("parameters_after", "{:,} parameters"),
+        ("compute_nodes_quantized", "{} compute nodes quantized"),
+        ("largest_relative_difference", "differs from PyTorch by {:.0e}"),
+    ):
+        if key in facts:
+            told.append(text.format(facts[key]))
+    return ", ".join(told)
+
+
+def markdown(summary: RunSummary) -> str:
+    """The summary as a Markdown document."""
+    lines = [f"# {summary.recipe}", "", verdict_text(summary), "", notes(summary), ""]
+    lines.append("| " + " | ".join(HEADER) + " |")
+    lines.append("|" + "---|" * len(HEADER))
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in summary.rows]
+    invalid = [f"- {r.name} @ {r.backend}: {r.invalid}" for r in summary.rows if r.invalid]
+    if invalid:
+        lines += ["", "Not measured:", "", *invalid]
+    return "\n".join(lines) + "\n"
+
+
+def verdict_text(summary: RunSummary) -> str:
+    """The verdict, in one sentence."""
+    verdict = summary.verdict
+    if verdict.ship is None:
+        return f"Not worth it: {verdict.reason}."
+    drop, gain = (g for g in verdict.gates if g.engine == verdict.ship)
+    return (
+        f"Ship {verdict.ship} on {summary.target}: "
+        f"{summary.metric} drop {interval(drop.value, 4)} (allowed {drop.limit:.4f}), "
+        f"{interval(gain.value, 2, 'x')} as fast as FP32 ONNX (needed above {gain.limit:.2f}x)."
+    )
+
+
+def notes(summary: RunSummary) -> str:
+    """How to read the numbers."""
+    quick = "" if summary.comparable else " Quick preset: do not compare with another run."
+    sample = next((row for row in summary.rows if row.batch_size), None)
+    sizes = (
+        f"Latency at batch {sample.batch_size}, samples/s at batch {sample.throughput_batch_size}. "
+        if sample
+        else ""
+    )
+    return (
+        f"{sizes}Brackets are 95 % intervals. Noise floor (the baseline against itself): "
+        f"{interval(summary.noise_floor, 3, 'x')}; a gain inside it is none.{quick}"
+    )
+
+
+def write(summary: RunSummary, result: BenchResult, out: Path) -> None:
+    """Write `summary.json`, `summary.md` and `report.html`."""
+    _files.write_text(out / "summary.json", summary.model_dump_json(indent=1, by_alias=True) + "\n")
+    _files.write_text(out / "summary.md", markdown(summary))
+    page = html.Page(
+        title=summary.recipe,
+        verdict=verdict_text(summary),
+        good=summary.verdict.ship is not None,
+        notes=notes(summary),
+        header=HEADER,
+        rows=[cells(row) for row in summary.rows],
+        points=[
+            html.Point(f"{r.name} @ {r.backend}", r.p50_ms, r.score, r.name == summary.verdict.ship)
+            for r in summary.rows
+            if r.p50_ms
+        ],
+        metric=summary.metric,
+        environment=result.environment,
+    )
+    _files.write_text(out / "report.html", html.render(page))

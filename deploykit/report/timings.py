@@ -1,0 +1,64 @@
+"""Tables in a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from deploykit.measure import BenchResult, statistics
+from deploykit.report.summary import (
+    DASH,
+    HEADER,
+    RunSummary,
+    cells,
+    interval,
+    measurement,
+    notes,
+    ran_as,
+    speedup,
+    verdict_text,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def show_summary(summary: RunSummary, console: Console) -> None:
+    """Print a run's table, its notes and its verdict."""
+    from rich.table import Table
+
+    table = Table(*HEADER, box=None, pad_edge=False)
+    for row in summary.rows:
+        style = "bold green" if row.name == summary.verdict.ship else ""
+        fitting = row.backend == summary.target
+        table.add_row(*cells(row, bounds=True), style=style if fitting else "")
+    console.print(table)
+    console.print(notes(summary))
+    console.print(verdict_text(summary), style="bold")
+
+
+def show(result: BenchResult, console: Console) -> None:
+    """Print the measurements of a bench, each against the first."""
+    from rich.table import Table
+
+    columns = ("engine", "batch", "ran as", "p50 ms", "p90 ms", "p99 ms", "samples/s", "speed-up")
+    table = Table(*columns, box=None, pad_edge=False)
+    for m in result.measurements:
+        if m.invalid:
+            table.add_row(m.name, str(m.batch_size), f"INVALID: {m.invalid}", *[DASH] * 5)
+            continue
+        base = measurement(result, result.baseline, m.batch_size)
+        table.add_row(
+            m.name,
+            str(m.batch_size),
+            ran_as(m.placement.precisions),
+            *(interval(statistics.percentile_interval_ms(m, q), 3) for q in (50, 90, 99)),
+            interval(statistics.throughput(m), 0),
+            interval(speedup(base, m), 2, "x"),
+        )
+    console.print(table)
+    floor = interval(statistics.noise_floor(result, result.options.batch_sizes[0]), 3, "x")
+    console.print(f"Speed-up over {result.baseline}; 95 % intervals; noise floor {floor}.")
+    if result.inputs == "random":
+        console.print("Random inputs: the times say nothing about data-dependent models.")
+    if result.options.preset == "quick":
+        console.print("Quick preset: do not compare with another run.")

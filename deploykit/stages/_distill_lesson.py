@@ -1,0 +1,135 @@
+"""What a student learns from: the data in memory, its checks, and its augmentation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from deploykit.dataset import Dataset
+from deploykit.errors import InputError, UsageError
+from deploykit.formats import torch_folder
+from deploykit.values import Array, Artifact, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+SHIFT = 2
+"""Largest shift of an augmented image, in pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """Samples in memory, or a batch of them."""
+
+    inputs: dict[str, torch.Tensor]
+    target: torch.Tensor | None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+    def rows(self, rows: torch.Tensor) -> Lesson:
+        picked = {name: tensor[rows] for name, tensor in self.inputs.items()}
+        return Lesson(picked, None if self.target is None else self.target[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+
+    def logits(self, batch: Lesson) -> torch.Tensor:
+        tensors = [batch.inputs[spec.name] for spec in self.inputs]
+        return torch_folder.output_tensors(self.module(*tensors))[0]
+
+
+def opened(artifact: Artifact) -> Model:
+    return Model(torch_folder.load(artifact), artifact.inputs)
+
+
+def read(data: Dataset, *, labels: bool) -> Lesson:
+    """Read all data into memory, with the labels or without.
+
+    Raises InputError: the data does not fit `data.inputs`, or the labels are no class numbers.
+    UsageError: labels are wanted and there are none.
+    """
+    import torch
+
+    batches = list(data.batches(1024))
+    inputs = {
+        spec.name: torch.from_numpy(np.concatenate([feed[spec.name] for feed, _ in batches]))
+        for spec in data.inputs
+    }
+    if not labels:
+        return Lesson(inputs, None)
+    target = _labels([target for _, target in batches], data.reference)
+    return Lesson(inputs, torch.from_numpy(target))
+
+
+def _labels(parts: list[Array | None], reference: str) -> Array:
+    found = [part for part in parts if part is not None]
+    if not found:
+        raise UsageError(
+            f"{reference} has no labels ('target'), and alpha below 1 needs them",
+            hint="set alpha to 1 to learn from the teacher alone, or add an array 'target'",
+        )
+    target = np.concatenate(found)
+    if target.dtype.kind not in "iu" or target.ndim != 1:
+        raise InputError(
+            f"{reference}: 'target' is {target.dtype} of {target.ndim} axes",
+            hint="give one class number for each sample",
+        )
+    return target.astype(np.int64)
+
+
+def check(pupil: Model, master: Model, lesson: Lesson) -> None:
+    """Compare the outputs of both models on two samples. Raises InputError."""
+    import torch
+
+    with torch.no_grad():
+        two = lesson.rows(torch.arange(min(2, len(lesson))))
+        shapes = [tuple(model.logits(two).shape) for model in (pupil, master)]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            f"the first output of the student is {shapes[0]}, of the teacher {shapes[1]}",
+            hint="give a teacher with the classes of the student",
+        )
+    if len(shapes[0]) != 2:
+        raise InputError(
+            f"the first output is {shapes[0]}, distillation takes logits [sample, class]",
+            hint="put the logits first",
+        )
+    labels = set() if lesson.target is None else set(lesson.target.tolist())
+    if unknown := labels - set(range(shapes[0][1])):
+        raise InputError(
+            f"the label {min(unknown)} is no class of a model with {shapes[0][1]} outputs",
+            hint="number the classes from 0",
+        )
+
+
+def check_images(data: Dataset) -> None:
+    """Raise UsageError unless the model takes images and nothing else."""
+    if len(data.inputs) != 1 or len(data.inputs[0].shape) != 4:
+        raise UsageError(
+            "augmentation is for a single input [sample, channel, height, width]; "
+            f"the model takes {', '.join(map(str, data.inputs))}",
+            hint="set augment to 'none'",
+        )
+
+
+def augmented(batch: Lesson, rng: torch.Generator) -> Lesson:
+    """Mirror half of the images and shift each; its edge is repeated where a gap opens."""
+    import torch
+    from torch.nn import functional
+
+    ((name, images),) = batch.inputs.items()
+    count, _, height, width = images.shape
+    mirrored = torch.rand(count, 1, 1, 1, generator=rng) < 0.5
+    images = torch.where(mirrored, images.flip(3), images)
+    padded = functional.pad(images, (SHIFT,) * 4, mode="replicate")
+    y, x = torch.randint(0, 2 * SHIFT + 1, (2, count, 1, 1), generator=rng)
+    rows, columns = y + torch.arange(height)[:, None], x + torch.arange(width)
+    moved = padded[torch.arange(count)[:, None, None], :, rows, columns]
+    return Lesson({name: moved.permute(0, 3, 1, 2)}, batch.target)

@@ -1,0 +1,119 @@
+"""Removes channels, and checks each removal by the law of structured pruning.
+
+The law: a model without some channels gives what it gives when all layers that read these channels
+have weights of zero for them. torch-pruning does not notice where it breaks the law (heads of
+attention, reshapes, a concatenation that is flattened); what breaks it is undone here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from deploykit.formats import torch_folder
+from deploykit.stages._prune_groups import Group, Items, find_groups
+from deploykit.values import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+TOLERANCE = 1e-4
+"""Largest difference that is rounding (float32), relative to the largest output."""
+
+DYNAMIC_SIZE = 8
+"""Size of dynamic dimensions in the check: among one token, attention does not show its heads."""
+
+
+class Surgeon:
+    """Owns a module and removes channels from it."""
+
+    def __init__(self, module: nn.Module, inputs: tuple[TensorSpec, ...]) -> None:
+        self.module = module
+        self._inputs = tuple(_sized(spec) for spec in inputs)
+        self._graph = torch_folder.dependency_graph(module, self._inputs)
+
+    def groups(self) -> tuple[Group, ...]:
+        """The groups of the module as it is now. Raises StageError."""
+        return find_groups(self._graph, self.module, self._inputs)
+
+    def weakest(self, group: Group, count: int, power: int) -> list[int]:
+        """The channels of least magnitude: sum |w|^power, averaged over the group's tensors.
+
+        Fang et al. 2023 (arXiv:2301.12900), section 3.3, without sparsity learning.
+        """
+        import torch_pruning as tp
+
+        score = tp.importance.GroupMagnitudeImportance(p=power)
+        scores = score(self._items(group.root, range(group.channels)))
+        return sorted(scores.argsort(stable=True)[:count].tolist())
+
+    def remove(self, root: str, channels: Sequence[int]) -> str | None:
+        """Remove output channels of the layer `root` and all that depends on them.
+
+        Returns None, or why the law is broken; the module is then as it was.
+        """
+        before = copy.deepcopy(self.module)
+        reason = self._try(root, channels)
+        if reason:
+            self.module = before
+            self._graph = torch_folder.dependency_graph(before, self._inputs)
+        return reason
+
+    def _try(self, root: str, channels: Sequence[int]) -> str | None:
+        try:
+            items = self._items(root, channels)
+            _silence(items)
+            want = self._outputs()
+            items.prune()
+            have = self._outputs()
+        except Exception as error:  # noqa: BLE001 - the library and the model may raise anything
+            line = (str(error).splitlines() or [""])[0]
+            return f"without some of its channels the model raises {type(error).__name__}: {line}"
+        if all(map(_alike, want, have)):
+            return None
+        return (
+            "removing channels changes what the others mean "
+            "(heads of attention, a reshape, or a reduction over channels)"
+        )
+
+    def _items(self, root: str, channels: Sequence[int]) -> Items:
+        layer = self.module.get_submodule(root)
+        pruner = self._graph.get_pruner_of_module(layer)
+        return self._graph.get_pruning_group(layer, pruner.prune_out_channels, list(channels))
+
+    def _outputs(self) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        with torch.inference_mode():
+            probe = torch_folder.examples(self._inputs, batch=2, seed=1)
+            return torch_folder.output_tensors(self.module(*probe))
+
+
+def _sized(spec: TensorSpec) -> TensorSpec:
+    """The batch stays dynamic; other dynamic dimensions get a size."""
+    first, *rest = spec.shape
+    sizes = (DYNAMIC_SIZE if isinstance(size, str) else size for size in rest)
+    return spec.model_copy(update={"shape": (first, *sizes)})
+
+
+def _silence(items: Items) -> None:
+    """Set to zero the weights by which layers read the channels of the group."""
+    import torch
+    import torch_pruning as tp
+
+    readers = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
+    with torch.no_grad():
+        for dependency, channels in items:
+            layer = dependency.target.module
+            if dependency.handler in readers:
+                axis = 0 if getattr(layer, "transposed", False) else 1
+                layer.weight.index_fill_(axis, torch.tensor(channels), 0.0)
+
+
+def _alike(want: torch.Tensor, have: torch.Tensor) -> bool:
+    if want.shape != have.shape or want.dtype != have.dtype:
+        return False
+    scale = float(want.abs().nan_to_num(0, 0, 0).max()) if want.numel() else 0.0
+    return have.allclose(want, rtol=0, atol=TOLERANCE * scale, equal_nan=True)

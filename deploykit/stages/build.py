@@ -1,0 +1,232 @@
+"""Build a TensorRT engine from ONNX: strongly typed, so precision is what the file says."""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from deploykit import store
+from deploykit._shapes import Shape, parse_shape
+from deploykit.errors import MissingError, StageError, UsageError, did_you_mean
+from deploykit.formats import onnx_file
+from deploykit.store import Job, Made
+from deploykit.values import Artifact, Json, Precision, TensorSpec, Value
+
+Flavour = Literal["auto", "tensorrt", "tensorrt-rtx"]
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+LIBRARIES = ("tensorrt", "tensorrt-rtx-cu13", "onnx")
+INSTALL = (
+    "pip install 'deploykit[tensorrt-rtx]' (builds without a GPU), or 'deploykit[tensorrt]' "
+    "with the vendor's package index on a GPU host"
+)
+
+
+class BuildOptions(Value):
+    """How to build; shapes are written as trtexec writes them, `name:1x3x224x224`."""
+
+    flavour: Flavour = Field(
+        default="auto", description="tensorrt or tensorrt-rtx; auto takes the one installed"
+    )
+    min_shapes: tuple[str, ...] = Field(default=(), description="smallest shapes, name:1x3x224x224")
+    opt_shapes: tuple[str, ...] = Field(default=(), description="shapes to optimize for")
+    max_shapes: tuple[str, ...] = Field(default=(), description="largest shapes")
+    gpu: tuple[str, ...] = Field(
+        default=(),
+        description="compute capabilities to build for, such as sm89 (tensorrt-rtx only); "
+        "by default a portable engine for sm80 and newer",
+    )
+    optimization_level: int = Field(default=3, ge=0, le=5, description="builder effort, 0 to 5")
+
+
+def unavailable(flavour: Flavour = "auto") -> str | None:
+    """Why no engine can be built here, or None; nothing is imported."""
+    names = list(MODULES) if flavour == "auto" else [flavour]
+    if any(find_spec(MODULES[name]) for name in names):
+        return None
+    verb = "are" if len(names) > 1 else "is"
+    return f"{' and '.join(names)} {verb} not installed"
+
+
+def build(source: Artifact, options: BuildOptions, *, out: Path, force: bool = False) -> Artifact:
+    """Parse an ONNX model and build a serialized engine.
+
+    Raises MissingError: neither TensorRT flavour is installed. UsageError: a dynamic input without
+    shapes, or a shape that does not fit. StageError: the parser or the builder refuses the model.
+    """
+    if source.format != "onnx":
+        raise UsageError(
+            f"{source.path} is {source.format}, build takes an ONNX model", hint="export it first"
+        )
+    if reason := unavailable(options.flavour):
+        raise MissingError(f"no engine can be built here: {reason}", hint=INSTALL)
+    profile = shape_profile(source.inputs, options)
+    flavour = next(
+        name
+        for name, module in MODULES.items()
+        if options.flavour in ("auto", name) and find_spec(module)
+    )
+
+    def work(path: Path) -> Made:
+        onnx_file.read(source.path)
+        trt = importlib.import_module(MODULES[flavour])
+        plan, facts = _build(trt, flavour, source, options, profile)
+        path.write_bytes(plan)
+        return Made(
+            format="engine",
+            precision=source.precision,
+            inputs=source.inputs,
+            outputs=source.outputs,
+            facts=facts,
+        )
+
+    job = Job(stage="build", source=source, options=options, libraries=LIBRARIES)
+    return store.produce(job, work, out=out, force=force)
+
+
+Profile = dict[str, tuple[Shape, Shape, Shape]]
+"""Input name to its smallest, optimal and largest shape."""
+
+
+def shape_profile(inputs: tuple[TensorSpec, ...], options: BuildOptions) -> Profile:
+    """The optimization profile of the dynamic inputs.
+
+    A missing smallest or largest shape is the optimal one. Raises UsageError: an unknown name, a
+    dynamic input without shapes, or shapes that do not fit it.
+    """
+    kinds = (options.min_shapes, options.opt_shapes, options.max_shapes)
+    low, best, high = (dict(map(parse_shape, texts)) for texts in kinds)
+    names = [spec.name for spec in inputs]
+    for name in {**low, **best, **high}:
+        if name not in names:
+            raise UsageError(f"no input is called {name!r}", hint=did_you_mean(name, names))
+    profile: Profile = {}
+    for spec in inputs:
+        if all(isinstance(d, int) for d in spec.shape):
+            continue
+        opt = best.get(spec.name) or high.get(spec.name) or low.get(spec.name)
+        if opt is None:
+            raise UsageError(
+                f"the input {spec} has dynamic dimensions and no shapes",
+                hint=f"give --opt-shapes {spec.name}:{'x'.join(map(str, spec.fixed({})))} "
+                "(and --min-shapes, --max-shapes)",
+            )
+        shapes = (low.get(spec.name, opt), opt, high.get(spec.name, opt))
+        _check_profile(spec, shapes)
+        profile[spec.name] = shapes
+    return profile
+
+
+def _check_profile(spec: TensorSpec, shapes: tuple[Shape, Shape, Shape]) -> None:
+    fits = all(
+        len(shape) == len(spec.shape)
+        and all(isinstance(d, str) or d == n for d, n in zip(spec.shape, shape, strict=False))
+        for shape in shapes
+    )
+    if not fits or not all(a <= b <= c for a, b, c in zip(*shapes, strict=True)):
+        text = ", ".join("x".join(map(str, shape)) for shape in shapes)
+        raise UsageError(
+            f"the shapes {text} (min, opt, max) do not fit the input {spec}",
+            hint="same rank, equal fixed dimensions, and min <= opt <= max",
+        )
+
+
+def _build(
+    trt: Any, flavour: str, source: Artifact, options: BuildOptions, profile: Profile
+) -> tuple[bytes, Json]:
+    """The serialized engine and the facts of its network."""
+    log = _logger(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(source.path)):
+        raise _refused(parser, source)
+    config = builder.create_builder_config()
+    config.builder_optimization_level = options.optimization_level
+    capabilities = _set_capabilities(trt, flavour, config, options.gpu)
+    if profile:
+        shapes = builder.create_optimization_profile()
+        for name, (low, best, high) in profile.items():
+            shapes.set_shape(name, low, best, high)
+        config.add_optimization_profile(shapes)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise StageError(
+            f"{flavour} cannot build {source.path}: {log.last or 'no reason given'}",
+            hint="check the shapes; --opt-shapes must be ones that the model really takes",
+        )
+    layers = Counter(_layer_kind(network.get_layer(i)) for i in range(network.num_layers))
+    facts: Json = {
+        "flavour": flavour,
+        "flavour_version": trt.__version__,
+        "compute_capabilities": capabilities,
+        "profile": {name: [list(s) for s in shapes] for name, shapes in profile.items()},
+        "network_layers": dict(layers.most_common()),
+        "ran_on_gpu": False,
+    }
+    _check_precision(source.precision, facts["network_layers"])
+    return bytes(plan), facts
+
+
+def _set_capabilities(trt: Any, flavour: str, config: Any, gpus: tuple[str, ...]) -> list[str]:
+    """Target compute capabilities, a matter of TensorRT-RTX only. Raises UsageError."""
+    if not gpus:
+        return ["portable, sm80 and newer"] if flavour == "tensorrt-rtx" else ["this machine's"]
+    if flavour != "tensorrt-rtx":
+        raise UsageError(
+            "tensorrt builds for the GPU of this machine only",
+            hint="leave --gpu out, or use --flavour tensorrt-rtx",
+        )
+    known = {n.lower(): v for n, v in trt.ComputeCapability.__members__.items() if n[-1].isdigit()}
+    config.num_compute_capabilities = len(gpus)
+    for index, gpu in enumerate(gpus):
+        if gpu not in known:
+            raise UsageError(f"unknown compute capability {gpu!r}", hint=did_you_mean(gpu, known))
+        if not config.set_compute_capability(known[gpu], index):
+            raise UsageError(f"{flavour} does not build for {gpu}", hint="leave it out")
+    return list(gpus)
+
+
+def _refused(parser: Any, source: Artifact) -> StageError:
+    error = parser.get_error(0) if parser.num_errors else None
+    where = f" at node {error.node_name() or error.node()!r}" if error else ""
+    text = str(error.desc()) if error else "no reason given"
+    quantized = source.precision == "int8"
+    return StageError(
+        f"TensorRT's parser refuses {source.path}{where}: {text.splitlines()[0]}",
+        hint="quantize with --target tensorrt: it takes symmetric int8 and a float bias only"
+        if quantized
+        else "export with another opset, or leave out what it names",
+    )
+
+
+def _check_precision(asked: Precision, layers: Mapping[str, int]) -> None:
+    if asked == "int8" and not layers.get("quantize"):
+        raise StageError(
+            "the parsed network has no quantized layer although the file is INT8",
+            hint="quantize with --target tensorrt",
+        )
+
+
+def _layer_kind(layer: Any) -> str:
+    return str(layer.type).rsplit(".", maxsplit=1)[-1].lower()
+
+
+def _logger(trt: Any) -> Any:
+    """A logger that keeps the last error: TensorRT reports by None and the log, not by raising."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.last = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.last = message.splitlines()[0]
+
+    return Logger()
