@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deploykit.backends import open_session as open_session
+    from deploykit.bundle import PackagedModel as PackagedModel
     from deploykit.bundle import PackageOptions as PackageOptions
     from deploykit.bundle import package as package
     from deploykit.bundle import verify as verify
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "backends": ("open_session",),
-    "bundle": ("PackageOptions", "package", "verify"),
+    "bundle": ("PackageOptions", "PackagedModel", "package", "verify"),
     "dataset": ("open_dataset",),
     "evaluation": ("compare", "evaluate"),
     "formats": ("open_model",),

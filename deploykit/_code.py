@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from deploykit.errors import InputError, did_you_mean
@@ -42,15 +44,14 @@ def _from_file(path: Path) -> ModuleType:
     name = f"_deploykit_user_{path.stem}_{identity}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"{path}: not a Python file", hint="name it as path/to/file.py:function")
-    module = importlib.util.module_from_spec(spec)
+    loader = _SourceOnly(name, str(path))
+    module = importlib.util.module_from_spec(ModuleSpec(name, loader, origin=str(path)))
+    module.__file__ = str(path)
     sys.modules[name] = module  # dataclasses and pickling of annotations look the module up
     sys.path.insert(0, str(path.parent))
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        loader.exec_module(module)
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise InputError(
             f"{path} fails to import: {type(error).__name__}: {error}",
@@ -59,6 +60,29 @@ def _from_file(path: Path) -> ModuleType:
     finally:
         sys.path.remove(str(path.parent))
     return module
+
+
+class _SourceOnly(SourceFileLoader):
+    """Neither reads nor leaves a `__pycache__`: the folder of an artifact must stay as it is."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Compile the source as it is now."""
+        del fullname
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+def neighbours(path: Path) -> list[str]:
+    """Modules of its own folder that a Python file imports, sorted."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    places = path.parent
+    return sorted(
+        n for n in found if (places / f"{n}.py").is_file() or (places / n / "__init__.py").is_file()
+    )
 
 
 def _from_package(name: str, reference: str) -> ModuleType:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import hashlib
 import os
 import secrets
@@ -15,6 +16,8 @@ from pathlib import Path
 from deploykit.errors import ResourceError, UsageError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+"""What rename(2) says of a folder with files, or of a file where the other is a folder."""
 
 
 def sha256(path: Path) -> str:
@@ -101,15 +104,17 @@ def remove(path: Path) -> None:
 
 def _replace(source: Path, target: Path) -> None:
     """Put `source` at `target`; a folder that is there is exchanged atomically, then removed."""
-    if target.is_dir() or (source.is_dir() and target.exists()):
+    try:
+        source.replace(target)
+    except OSError as error:
+        if error.errno not in _IN_THE_WAY:
+            raise
         if _exchange(source, target):
             return  # the old content is now at `source`, which the caller removes
         old = target.with_name(f".{target.name}.old-{os.getpid()}-{secrets.token_hex(4)}")
         target.rename(old)
         source.rename(target)
         remove(old)
-    else:
-        source.replace(target)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -144,7 +149,9 @@ def _sync_folder(folder: Path) -> None:
 
 def _sweep(out: Path) -> None:
     """Remove what a killed process left beside `out`; what a living one writes stays."""
-    for stale in out.absolute().parent.glob(f".{out.name}.tmp-*"):
-        pid = stale.name.removeprefix(f".{out.name}.tmp-").split("-")[0]
+    prefix = f".{out.name}.tmp-"
+    for stale in out.absolute().parent.glob(f"{glob.escape(prefix)}*"):
+        pid = stale.name.removeprefix(prefix).split("-")[0]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
-            remove(stale)
+            with suppress(OSError):  # another process may sweep here too
+                remove(stale)

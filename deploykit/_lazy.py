@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import TracebackType
 
 from deploykit.errors import MissingError
@@ -13,6 +14,14 @@ INSTALL = {
     "tensorrt_rtx": "pip install 'deploykit[tensorrt-rtx]'",
     "tritonclient": "pip install 'deploykit[triton]'",
 }
+
+
+def installed(library: str) -> bool:
+    """Whether a library can be found; it is not imported."""
+    try:
+        return find_spec(library) is not None
+    except (ImportError, ValueError):  # a finder, or an entry in sys.modules, forbids it
+        return False
 
 
 class needs:  # noqa: N801 - reads as a statement: `with needs("torch"): import torch`

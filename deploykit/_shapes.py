@@ -24,7 +24,8 @@ def parse_inputs(shapes: Iterable[str], dynamic_axes: Iterable[str]) -> tuple[Te
     """Inputs from `name:1x3x224x224` or `name:1x128:int64`, and dynamic axes `name:2=height`.
 
     The first axis of every input counts samples and is dynamic. Raises UsageError: not of that
-    form, an unknown dtype, a dynamic axis of an input that has no shape or not so many axes.
+    form, an unknown dtype, two shapes of one input, a dynamic axis of an input that has no shape
+    or not so many axes.
     """
     specs: dict[str, TensorSpec] = {}
     for text in shapes:
@@ -33,6 +34,8 @@ def parse_inputs(shapes: Iterable[str], dynamic_axes: Iterable[str]) -> tuple[Te
         if dtype not in DTYPES:
             raise UsageError(f"{text!r}: unknown dtype {dtype!r}", hint=did_you_mean(dtype, DTYPES))
         name, shape = parse_shape(shape_text)
+        if name in specs:
+            raise UsageError(f"{text!r}: {name!r} has a shape already", hint="give one an input")
         specs[name] = TensorSpec(name=name, dtype=dtype, shape=(BATCH, *shape[1:]))
     for text in dynamic_axes:
         match = re.fullmatch(r"(.+):(\d+)=([A-Za-z_]\w*)", text)

@@ -9,8 +9,6 @@ A `preprocessing.toml` in the folder of an `.npz` turns its uint8 arrays into wh
 from __future__ import annotations
 
 import hashlib
-import tomllib
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +18,8 @@ import numpy as np
 from deploykit import _files
 from deploykit._code import load_function, split_reference
 from deploykit.errors import InputError
-from deploykit.values import BATCH, Array, Preprocessing, TensorSpec, parse
+from deploykit.preprocessing import PREPROCESSING_FILE, normalize, read_image, read_preprocessing
+from deploykit.values import BATCH, Array, Preprocessing, TensorSpec
 
 TARGET = "target"
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
@@ -47,16 +46,18 @@ class Dataset:
     def batches(self, size: int) -> Iterator[tuple[Chunk, Array | None]]:
         """Feeds of `size` samples (the last may be smaller) and their targets.
 
-        Raises InputError: an array does not fit the model or holds NaN or infinite values.
+        Raises InputError: an array does not fit the model or holds NaN or infinite values, or the
+        samples are not alike.
         """
         left = self.samples
-        for chunk in _rebatched(self.chunks(), size):
+        for chunk in _rebatched(_alike(self.chunks(), self.reference), size):
             taken = {name: array[:left] for name, array in chunk.items()}
             target = taken.pop(TARGET, None)
             yield self._fitting(taken), target
             left -= size
             if left <= 0:
                 return
+        raise _used_up(self.reference)
 
     def first(self, count: int) -> Dataset:
         """The first `count` samples."""
@@ -121,9 +122,6 @@ class Dataset:
         return feed
 
 
-PREPROCESSING_FILE = "preprocessing.toml"
-
-
 def open_dataset(reference: str | Path) -> Dataset:
     """Open data by its reference. Raises InputError: it is missing, empty, torn or of no kind."""
     text = str(reference)
@@ -143,15 +141,6 @@ def open_dataset(reference: str | Path) -> Dataset:
     raise InputError(
         f"{path}: data of an unknown kind", hint="give an .npz file, a folder or file.py:function"
     )
-
-
-def read_preprocessing(path: Path) -> Preprocessing:
-    """Read a `preprocessing.toml`. Raises InputError."""
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}", hint="correct the TOML") from error
-    return parse(Preprocessing, data, str(path))
 
 
 def _from_arrays(reference: str, files: list[Path], folder: Path) -> Dataset:
@@ -184,7 +173,9 @@ def _read_npz(path: Path) -> Chunk:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files raise anything, zlib's and tokenizer's errors too
         raise InputError(
             f"{path}: not a readable .npz of plain arrays: {error}",
             hint="write it with numpy.savez; pickled objects are refused",
@@ -221,13 +212,6 @@ def _normalized(chunk: Chunk, spec: Preprocessing | None, source: Path) -> Chunk
     return {**chunk, spec.input: normalize(pixels, spec)}
 
 
-def normalize(pixels: Array, spec: Preprocessing) -> Array:
-    """uint8 in the spec's layout, with a batch axis, to float32: `(x * scale - mean) / std`."""
-    shape = (1, -1, 1, 1) if spec.layout == "nchw" else (1, 1, 1, -1)
-    mean, std = (np.array(v, np.float32).reshape(shape) for v in (spec.mean, spec.std))
-    return (pixels.astype(np.float32) * np.float32(spec.scale) - mean) / std
-
-
 def _from_images(reference: str, folder: Path) -> Dataset:
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
     if not files:
@@ -253,46 +237,11 @@ def _from_images(reference: str, folder: Path) -> Dataset:
     return _checked(reference, len(files), "\n".join(names), chunks, spec)
 
 
-def read_image(path: Path, spec: Preprocessing) -> Array:
-    """One image file, resized and cropped, uint8 in the spec's layout. Raises InputError."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as file:
-            image = file.convert("L" if spec.color == "gray" else "RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise InputError(f"{path}: not a readable image: {error}", hint="remove it") from error
-    if spec.resize:
-        image = image.resize(_resized(image.size, spec.resize), Image.Resampling.BILINEAR)
-    if spec.crop:
-        height, width = spec.crop
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((left, top, left + width, top + height))
-    pixels = np.asarray(image).reshape(image.height, image.width, -1)
-    if spec.color == "bgr":
-        pixels = pixels[:, :, ::-1]
-    return pixels.transpose(2, 0, 1) if spec.layout == "nchw" else pixels
-
-
-def _resized(size: tuple[int, int], resize: int | tuple[int, int]) -> tuple[int, int]:
-    """Pillow's (width, height) after a resize of the shorter side or to (height, width)."""
-    if isinstance(resize, tuple):
-        return resize[1], resize[0]
-    factor = resize / min(size)
-    return max(resize, round(size[0] * factor)), max(resize, round(size[1] * factor))
-
-
 def _from_function(reference: str) -> Dataset:
     function = load_function(reference)
 
     def chunks() -> Iterator[Chunk]:
-        made = function()
-        if not isinstance(made, Iterable):
-            raise InputError(
-                f"{reference} gives {type(made).__name__}, not an iterable",
-                hint="return or yield feeds ({name: array}) or (feed, target) pairs",
-            )
-        for item in made:
+        for item in _called(function, reference):
             yield _as_chunk(item, reference)
 
     digest, samples = hashlib.sha256(), 0
@@ -301,7 +250,36 @@ def _from_function(reference: str) -> Dataset:
         for name in sorted(chunk):
             digest.update(f"{name}{chunk[name].dtype}{chunk[name].shape}".encode())
             digest.update(np.ascontiguousarray(chunk[name]).tobytes())
+    if samples and next(chunks(), None) is None:
+        raise _used_up(reference)
     return _checked(reference, samples, digest.hexdigest(), chunks, None)
+
+
+def _used_up(reference: str) -> InputError:
+    return InputError(
+        f"{reference} gives fewer samples the second time than the first",
+        hint="data is read again and again: give a function that starts anew at each call",
+    )
+
+
+def _called(function: Callable[[], object], reference: str) -> Iterator[object]:
+    """What the user's function gives, one by one. Raises InputError: it raises, or no iterable."""
+    try:
+        made = function()
+        if isinstance(made, Iterable):
+            yield from made
+            return
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the data function {reference} raises {type(error).__name__}: {error}",
+            hint="it is called without arguments and gives one sample after the other",
+        ) from error
+    raise InputError(
+        f"{reference} gives {type(made).__name__}, not an iterable",
+        hint="return or yield feeds ({name: array}) or (feed, target) pairs",
+    )
 
 
 def _as_chunk(item: object, reference: str) -> Chunk:
@@ -338,10 +316,18 @@ def _rebatched(chunks: Iterator[Chunk], size: int) -> Iterator[Chunk]:
 def _joined(chunks: list[Chunk]) -> Chunk:
     if len(chunks) == 1:
         return chunks[0]
-    try:
-        return {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
-    except (KeyError, ValueError) as error:
-        raise InputError(
-            f"the samples differ in names or shapes: {error}",
-            hint="give every sample the same arrays of the same shape",
-        ) from error
+    return {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
+
+
+def _alike(chunks: Iterator[Chunk], reference: str) -> Iterator[Chunk]:
+    """The chunks as they are. Raises InputError: samples differ in names, dtypes or shapes."""
+    first: dict[str, str] = {}
+    for chunk in chunks:
+        kinds = {name: f"{a.dtype}{list(a.shape[1:])}" for name, a in chunk.items()}
+        first = first or kinds
+        if kinds != first:
+            raise InputError(
+                f"{reference}: samples differ in names, dtypes or shapes: {first} and {kinds}",
+                hint="give every sample the same arrays of the same dtype and shape",
+            )
+        yield chunk

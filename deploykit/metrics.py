@@ -17,18 +17,32 @@ def _top(k: int) -> PerSample:
     def hits(output: Array, target: Array | None, reference: Array | None) -> Array:
         del reference
         logits = _classes(output)
-        best = np.argpartition(-logits, min(k, logits.shape[1]) - 1, axis=1)[:, :k]
         assert target is not None  # noqa: S101 - `score` has checked it
-        accepted = target.reshape(len(target), -1)
-        found: Array = (best[:, :, None] == accepted[:, None, :]).any((1, 2))
+        accepted = _labels(target, logits)
+        found: Array = (_best(logits, k)[:, :, None] == accepted[:, None, :]).any((1, 2))
         return found.astype(np.float64)
 
     return hits
 
 
+def _best(logits: Array, k: int) -> Array:
+    """The k classes of largest value; as with argmax, the first of equal values comes first."""
+    if k == 1:
+        best: Array = logits.argmax(1)[:, None]
+    else:
+        backwards = np.argsort(logits[:, ::-1], axis=1, kind="stable")[:, ::-1]
+        best = logits.shape[1] - 1 - backwards[:, :k]
+    return best
+
+
 def _agreement(output: Array, target: Array | None, reference: Array | None) -> Array:
     del target
     assert reference is not None  # noqa: S101 - `score` has checked it
+    if output.ndim < 2 or output.shape[-1] < 2:
+        raise InputError(
+            f"agreement needs an output of several classes, this one has shape {output.shape}",
+            hint="choose another metric: cosine, sqnr or file.py:function",
+        )
     same: Array = output.argmax(-1) == reference.argmax(-1)
     shares: Array = same.reshape(len(same), -1).mean(1)
     return shares
@@ -66,16 +80,13 @@ def score(
 ) -> Score:
     """Score the first output by a built-in metric.
 
-    Raises UsageError: unknown metric. InputError: the data has no target or there is no reference,
-    or the outputs hold NaN.
+    Raises UsageError: unknown metric. InputError: the data has no target or there is no reference
+    for these outputs, or the outputs hold NaN.
     """
     if metric not in METRICS:
         raise UsageError(f"unknown metric {metric!r}", hint=did_you_mean(metric, METRICS))
     name, output = next(iter(outputs.items()))
-    if not np.isfinite(output).all():
-        raise InputError(
-            f"output {name!r} has NaN or infinite values", hint="the model is broken on this data"
-        )
+    _check_finite(name, output)
     if metric in NEED_TARGET and target is None:
         raise InputError(
             f"metric {metric!r} needs labels and the data has no 'target'",
@@ -86,13 +97,34 @@ def score(
             f"metric {metric!r} compares with a reference model and none was given",
             hint="give the reference model (--reference)",
         )
-    values = METRICS[metric](output, target, reference[name] if reference else None)
+    values = METRICS[metric](output, target, _counterpart(name, output, reference))
     return Score(
         metric=metric,
         score=mean_interval(values),
         samples=len(values),
         per_sample=tuple(values.tolist()),
     )
+
+
+def _counterpart(name: str, output: Array, reference: Mapping[str, Array] | None) -> Array | None:
+    """What the reference gave where this model gave `output`. Raises InputError: nothing alike."""
+    if reference is None:
+        return None
+    if name not in reference or reference[name].shape != output.shape:
+        shapes = {n: a.shape for n, a in reference.items()}
+        raise InputError(
+            f"output {name!r} of shape {output.shape} is not in the reference, which has {shapes}",
+            hint="compare models with the same outputs",
+        )
+    _check_finite(f"{name} (reference)", reference[name])
+    return reference[name]
+
+
+def _check_finite(name: str, output: Array) -> None:
+    if not np.isfinite(output).all():
+        raise InputError(
+            f"output {name!r} has NaN or infinite values", hint="the model is broken on this data"
+        )
 
 
 def mean_interval(values: Array) -> Interval:
@@ -103,7 +135,15 @@ def mean_interval(values: Array) -> Interval:
     if np.isin(values, (0.0, 1.0)).all():
         ci = stats.binomtest(int(values.sum()), n).proportion_ci(method="wilson")
         return Interval(value=mean, low=float(ci.low), high=float(ci.high))
-    if n < 2:
+    return _student(values)
+
+
+def _student(values: Array) -> Interval:
+    """Mean and Student's 95 % interval; unbounded where no spread can be told."""
+    from scipy import stats
+
+    n, mean = len(values), float(values.mean())
+    if n < 2 or not np.isfinite(values).all():
         return Interval(value=mean, low=float("-inf"), high=float("inf"))
     half = float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n))
     return Interval(value=mean, low=mean - half, high=mean + half)
@@ -115,15 +155,13 @@ def drop(reference: Score, candidate: Score) -> Interval:
     Paired over the samples (Student's t on the differences) where both scores have one value a
     sample of the same data; else the difference with the bounds added in quadrature.
     """
-    if reference.per_sample and candidate.per_sample:
-        lost = np.subtract(reference.per_sample, candidate.per_sample)
+    ours, theirs = np.array(reference.per_sample or ()), np.array(candidate.per_sample or ())
+    if len(ours) == len(theirs) > 0 and np.isfinite([ours, theirs]).all():
+        lost = ours - theirs
         if not lost.any():
             # No difference in n samples: the rule of three bounds the share that may differ.
             return Interval(value=0.0, low=-3 / len(lost), high=3 / len(lost))
-        from scipy import stats
-
-        half = float(stats.t.ppf(0.975, len(lost) - 1) * lost.std(ddof=1) / np.sqrt(len(lost)))
-        return Interval(value=float(lost.mean()), low=lost.mean() - half, high=lost.mean() + half)
+        return _student(lost)
     a, b = reference.score, candidate.score
     value = a.value - b.value
     half = float(np.hypot(a.high - a.low, b.high - b.low) / 2)
@@ -166,7 +204,7 @@ def cosine(a: Array, b: Array) -> float:
     """Cosine of two arrays of equal shape, in [-1, 1]; two zero arrays give 1.0."""
     x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
     norms = float(np.linalg.norm(x) * np.linalg.norm(y))
-    return float(x @ y / norms) if norms else float(np.array_equal(x, y))
+    return float(np.clip(x @ y / norms, -1, 1)) if norms else float(np.array_equal(x, y))
 
 
 def sqnr_db(reference: Array, candidate: Array) -> float:
@@ -185,3 +223,18 @@ def _classes(output: Array) -> Array:
             hint="choose another metric",
         )
     return output
+
+
+def _labels(target: Array, logits: Array) -> Array:
+    """The accepted classes of each sample, [sample, label]. Raises InputError: no such labels."""
+    labels = target.reshape(len(target), -1)
+    if target.dtype.kind not in "iub" or len(labels) != len(logits):
+        problem = f"is {target.dtype}{list(target.shape)}"
+    elif labels.shape[1] >= logits.shape[1] > 1:
+        problem = f"has {labels.shape[1]} numbers a sample, as many as classes: it looks one-hot"
+    else:
+        return labels
+    raise InputError(
+        f"'target' {problem}; the output is {list(logits.shape)}",
+        hint="give one integer a sample, the index of its class",
+    )

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from deploykit._code import split_reference
+from deploykit._shapes import DTYPES
+from deploykit.backends import BACKENDS
 from deploykit.bundle import PackageOptions
-from deploykit.errors import InputError
+from deploykit.errors import InputError, did_you_mean
 from deploykit.measure import BenchOptions
+from deploykit.metrics import METRICS
 from deploykit.stages.distill import DistillOptions
 from deploykit.stages.export import ExportOptions
 from deploykit.stages.prune import PruneOptions
@@ -36,6 +40,8 @@ class ModelSource(Value):
             raise ValueError("give either 'path' or 'factory'")
         if self.factory and not self.inputs:
             raise ValueError("a model made by a factory needs 'inputs'")
+        for spec in self.inputs:
+            _one_of(spec.dtype, DTYPES)
         return self
 
 
@@ -54,16 +60,34 @@ class Gates(Value):
     """What the shipped engine must hold, against the float ONNX model on the target."""
 
     metric: str = "top1"
+    """A built-in metric, or `file.py:function`."""
     max_drop: float = Field(default=0.005, ge=0)
     """Score that may be lost, in units of the metric."""
     min_speedup: float = Field(default=1.0, gt=0)
     """The lower bound of the measured speed-up must be above this."""
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, metric: str) -> str:
+        return metric if ":" in metric else _one_of(metric, METRICS)
 
 
 class BenchSection(BenchOptions):
     """Benchmark options, and the backends to measure on beside the target."""
 
     backends: tuple[str, ...] = ("pytorch", "ort-cpu", "openvino")
+
+    @field_validator("backends")
+    @classmethod
+    def _known(cls, backends: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(_one_of(name, (b.name for b in BACKENDS)) for name in backends)
+
+
+def _one_of(word: str, known: Iterable[str]) -> str:
+    names = list(known)
+    if word not in names:
+        raise ValueError(f"unknown name {word!r}, {did_you_mean(word, names)}")
+    return word
 
 
 class Recipe(Value):

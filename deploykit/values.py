@@ -52,7 +52,8 @@ def _input_error(kind: type[Value], error: ValidationError, where: str) -> Input
     if first["type"] == "missing":
         return InputError(f"{where}: {place!r} is missing", hint=f"add {first['loc'][-1]!r}")
     value = f" (got {first['input']!r})" if not isinstance(first["input"], dict) else ""
-    return InputError(f"{where}: {place!r}: {first['msg']}{value}", hint="correct this value")
+    message = first["msg"].removeprefix("Value error, ")
+    return InputError(f"{where}: {place!r}: {message}{value}", hint="correct this value")
 
 
 def _fields_at(kind: type[Value], path: tuple[int | str, ...]) -> Iterable[str]:

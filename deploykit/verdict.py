@@ -59,14 +59,25 @@ def _gates(reference: Score, contender: Contender, limits: Limits) -> tuple[Gate
 
 
 def _nearest_miss(tried: Mapping[str, tuple[Gate, Gate]]) -> str:
-    """The contender that misses by least, in one sentence."""
+    """The contender that loses least above its limit, then the fastest, in one sentence."""
     if not tried:
         return "there is no engine to compare with the float model"
     drop, gain = max(
-        tried.values(), key=lambda pair: (pair[0].passed, pair[1].passed, pair[1].value.value)
+        tried.values(),
+        key=lambda pair: (
+            pair[0].passed,
+            0 if pair[0].passed else -pair[0].value.value,
+            pair[1].passed,
+            pair[1].value.value,
+        ),
+    )
+    speed = (
+        f"is {gain.value.value:.2f}x as fast as FP32 ONNX "
+        f"[{gain.value.low:.2f}, {gain.value.high:.2f}] (needed above {gain.limit:.2f})"
+        if gain.value.value
+        else "its speed could not be measured"
     )
     return (
-        f"the nearest is {drop.engine}: it loses {drop.value.value:.4f} (allowed "
-        f"{drop.limit:.4f}) and is {gain.value.value:.2f}x as fast as FP32 ONNX "
-        f"[{gain.value.low:.2f}, {gain.value.high:.2f}] (needed above {gain.limit:.2f})"
+        f"the nearest is {drop.engine}: it loses {drop.value.value:.4f} "
+        f"(allowed {drop.limit:.4f}) and {speed}"
     )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
-from deploykit._lazy import INSTALL
+from deploykit._lazy import INSTALL, installed
 from deploykit.errors import InputError
 from deploykit.values import Artifact, Feed, TensorSpec
 
 
 def missing_library(module: str) -> str | None:
     """The sentence for a library that is not installed, or None; nothing is imported."""
-    if find_spec(module) is not None:
+    if installed(module):
         return None
     return f"{module} is not installed: {INSTALL.get(module, f'pip install {module}')}"
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
+from deploykit.environment import Environment
 from deploykit.errors import InputError, IntegrityError
 from deploykit.values import Json, Precision, Preprocessing, TensorSpec, Value, parse
 
@@ -94,8 +95,8 @@ class Engine(Value):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     requires: Requirements
-    built_on: Json
-    """The machine that computed the golden outputs; the libraries that built native code."""
+    built_on: Environment | None
+    """The machine that computed the golden outputs; None for native code that was not run."""
     golden: GoldenOutputs | None
     no_golden: str | None = None
     """Why there are no golden outputs; None where there are."""

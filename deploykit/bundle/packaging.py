@@ -182,17 +182,10 @@ def _add(folder: Path, part: Part, feed: Feed, machine: Environment) -> Engine:
         inputs=source.inputs,
         outputs=source.outputs,
         requires=requires,
-        built_on=_built_on(source, machine),
+        built_on=None if reason else machine,
         golden=None if reason else golden.record(model, backend, feed, folder / outputs),
         no_golden=reason,
     )
-
-
-def _built_on(source: Artifact, machine: Environment) -> Json:
-    """This machine, which runs the model; for native code what its record says of its builder."""
-    if source.format == "engine":
-        return {"libraries": source.history[-1].versions}
-    return machine.model_dump(mode="json", exclude={"load_average"})
 
 
 def _copy(source: Artifact, path: Path) -> Artifact:

@@ -152,13 +152,19 @@ def _unknown_backend(engine: Engine) -> list[str]:
 
 def _differences(engine: Engine, machine: Environment) -> str:
     """How this machine differs from the one that gave the golden outputs."""
-    was, now = engine.built_on, machine.model_dump(mode="json")
-    keys = ("cpu", "cpu_features", "machine", "system")
-    rows = [f"{key} {was[key]}, now {now[key]}" for key in keys if was.get(key) != now[key]]
-    for name in engine.requires.runtimes:
-        versions = [place.get("libraries", {}).get(name) for place in (was, now)]
-        if versions[0] != versions[1]:
-            rows.append(f"{name} {versions[0]}, now {versions[1]}")
+    was, now = engine.built_on, machine
+    rows = []
+    if was:
+        rows = [
+            f"{key} {getattr(was, key)}, now {getattr(now, key)}"
+            for key in ("cpu", "cpu_features", "machine", "system")
+            if getattr(was, key) != getattr(now, key)
+        ]
+        rows += [
+            f"{name} {was.libraries.get(name)}, now {now.libraries.get(name)}"
+            for name in engine.requires.runtimes
+            if was.libraries.get(name) != now.libraries.get(name)
+        ]
     told = f"since it was packaged: {'; '.join(rows)}. " if rows else ""
     return f"{told}Evaluate the model on this machine, and package it again if it is good"
 

@@ -32,7 +32,7 @@ def read(path: Path) -> onnx.ModelProto:
         raise InputError(f"{path}: not an ONNX file: it holds no graph", hint=MAKE_AGAIN)
     try:
         onnx.checker.check_model(model)
-    except onnx.checker.ValidationError as error:
+    except (ValueError, onnx.checker.ValidationError) as error:
         raise InputError(f"{path}: broken ONNX model: {_line(error)}", hint=MAKE_AGAIN) from error
     return model
 
@@ -42,10 +42,13 @@ def open_file(path: Path) -> Artifact:
     if artifact := store.read(path):
         return artifact
     model = read(path)
-    return Artifact(
-        path=path, format="onnx", precision=precision(model),
-        inputs=inputs(model), outputs=outputs(model), sha256=store.digest(path),
-    )  # fmt: skip
+    try:
+        return Artifact(
+            path=path, format="onnx", precision=precision(model),
+            inputs=inputs(model), outputs=outputs(model), sha256=store.digest(path),
+        )  # fmt: skip
+    except ValueError as error:  # names that are no text, negative dimensions
+        raise InputError(f"{path}: broken ONNX model: {_line(error)}", hint=MAKE_AGAIN) from error
 
 
 def inputs(model: onnx.ModelProto) -> tuple[TensorSpec, ...]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from deploykit._code import load_function, split_reference
+from deploykit._code import load_function, neighbours, split_reference
 from deploykit._lazy import needs
 from deploykit.errors import InputError, StageError
 from deploykit.store import read_json
@@ -53,10 +53,13 @@ def describe(folder: Path) -> Description:
 
 def load(artifact: Artifact) -> nn.Module:
     """Build the model from its folder: factory, edits, weights; in evaluation mode."""
+    with needs("torch"):
+        import torch
     folder = artifact.path
     description = describe(folder)
-    module = construct(reference_in(folder, description), description.arguments)
-    replay(module, description)
+    with torch.inference_mode(mode=False):  # a caller's inference mode would forbid gradients
+        module = construct(reference_in(folder, description), description.arguments)
+        replay(module, description)
     load_weights(module, folder / WEIGHTS)
     return module.eval()
 
@@ -122,7 +125,7 @@ def dependency_graph(module: nn.Module, inputs: tuple[TensorSpec, ...]) -> Any:
         parameter.requires_grad_(parameter.is_floating_point())
     probe, run_flat = examples(inputs, batch=2), lambda model, x: output_tensors(model(*x))
     try:
-        with torch.inference_mode(mode=False), torch.enable_grad():
+        with torch.enable_grad():
             return tp.DependencyGraph().build_dependency(module, probe, run_flat, verbose=False)
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
@@ -181,13 +184,16 @@ def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
             f"{path}: not a safetensors file: {error}", hint="save it again"
         ) from error
     except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise InputError(
-            f"{path}: refused, it is no plain state dict ({str(error).splitlines()[0][:120]})",
+            f"{path}: refused, it is no plain state dict ({reason})",
             hint="save model.state_dict() with safetensors.torch.save_file; pickles are never run",
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
+    ):
         raise InputError(
             f"{path}: not a state dict of tensors", hint="save model.state_dict() and nothing else"
         )
@@ -210,10 +216,16 @@ def write(
     """Write the folder, load it again, and check that its outputs are equal to the bit.
 
     `factory_source` is the file of the factory, None for one of a package. Raises StageError: the
-    folder does not give the same model (attributes outside factory, edits and weights matter).
+    folder does not give the same model (attributes outside factory, edits and weights matter), or
+    the factory imports what lies beside it.
     """
     from safetensors.torch import save_file
 
+    if factory_source and (near := neighbours(factory_source)):
+        raise StageError(
+            f"{factory_source} imports its neighbour {near[0]!r}, which does not come along",
+            hint="put the model into one file, or into a package (package.module:factory)",
+        )
     folder.mkdir()
     if factory_source:
         shutil.copyfile(factory_source, folder / FACTORY)
@@ -246,11 +258,21 @@ def _check_reload(module: nn.Module, description: Description, folder: Path) -> 
         want = output_tensors(module.eval()(*probe))
         have = output_tensors(again(*probe))
     module.train(training)
-    if not all(map(torch.equal, want, have)):
+    if len(want) != len(have) or not all(map(_identical, want, have)):
         raise StageError(
             "the model does not come back from its factory, edits and weights: outputs differ",
             hint="keep all state in parameters and buffers, and all settings in the arguments",
         )
+
+
+def _identical(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal to the bit; NaN is equal to itself here."""
+    import torch
+
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    bits = (t.flatten().contiguous().view(torch.uint8) for t in (one, other))
+    return torch.equal(*bits)
 
 
 def examples(

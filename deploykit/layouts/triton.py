@@ -134,8 +134,11 @@ def _max_batch_size(artifact: Artifact, serving: Serving) -> int:
 
 
 def _tensor(spec: TensorSpec) -> TensorSpec:
-    """The same tensor with Triton's name of its dtype. Raises UsageError: it has none."""
-    if spec.dtype not in TYPES or 0 in spec.shape:
+    """The same tensor with Triton's name of its dtype.
+
+    Raises UsageError: it has none, or the tensor is a scalar or holds nothing.
+    """
+    if spec.dtype not in TYPES or 0 in spec.shape or not spec.shape:
         raise UsageError(
             f"Triton cannot serve the tensor {spec}", hint="--layout plain, or another model"
         )

@@ -100,8 +100,8 @@ def _tensor(what: str, tensor: Any, spec: TensorSpec, *, batched: bool) -> Itera
     listed, want = list(tensor.dims), dims(spec, batched=batched)
     if any(size == 0 or size < -1 for size in listed):
         yield f"{what}: dims {listed} must be -1 or above 0"
-    scalar = not want and listed == [1] and tensor.HasField("reshape")
-    if listed != want and not scalar:
+    lone = batched and not want and listed == [1] and tensor.HasField("reshape")
+    if listed != want and not lone:
         yield f"{what}: dims are {listed}, the model has {want or '[1] reshaped to []'}"
     elif tensor.HasField("reshape") and list(tensor.reshape.shape) != want:
         yield f"{what}: reshape is {list(tensor.reshape.shape)}, the model has {want}"

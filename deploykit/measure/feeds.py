@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,10 +53,21 @@ def make_pool(
 
 
 def write(path: Path, feeds: Sequence[Feed]) -> None:
-    """Write feeds in order to an `.npz`. Raises ResourceError: the disk is full."""
-    arrays = {f"{i}/{name}": array for i, feed in enumerate(feeds) for name, array in feed.items()}
+    """Write feeds, or outputs, in order to an `.npz`.
+
+    Raises ResourceError: the disk is full. InputError: an array holds objects (strings).
+    """
+    arrays: dict[str, Any] = {
+        f"{i}/{name}": array for i, feed in enumerate(feeds) for name, array in feed.items()
+    }
+    for name, array in arrays.items():
+        if array.dtype.hasobject:
+            raise InputError(
+                f"{name.split('/', 1)[1]!r} is no array of numbers",
+                hint="bench models whose inputs and outputs are numbers",
+            )
     with _files.staged(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+        np.savez(file, **arrays)
 
 
 def read(path: Path) -> list[dict[str, Array]]:

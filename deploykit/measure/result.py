@@ -64,7 +64,7 @@ class BenchOptions(Value):
         None, gt=0, description="Least warm-up in milliseconds, instead of the preset's."
     )
     max_seconds: float = Field(
-        120,
+        120.0,
         gt=0,
         description="Time for a model to load, and to be silent beyond what it was asked to do; "
         "then it is stopped.",

@@ -41,13 +41,14 @@ def bench(
     works at a time. `data=None` asks for random inputs, and the result says so. A candidate that
     fails, hangs, crashes or gives wrong outputs has an `invalid` measurement; the others go on.
     Raises UsageError or InputError: the models, the data and the options do not fit together.
+    ResourceError: no space for the pool of feeds.
     """
     _check(candidates, options)
     setup = Setup(options, host.choose_cores(options.threads), worker)
     control = candidates[0].model_copy(update={"name": f"{candidates[0].name} (again)"})
     run = _Run([*candidates, control], setup, data, progress or _silent)
     before, ticks = environment.read(), host.cpu_ticks()
-    for batch_size in options.batch_sizes:
+    for batch_size in dict.fromkeys(options.batch_sizes):
         run.measure(batch_size)
     steal = host.steal_share(ticks, host.cpu_ticks())
     return BenchResult(
@@ -98,7 +99,7 @@ class _Run:
         self._rng = np.random.default_rng(setup.options.seed)
         self._done = 0
         per_batch = 2 * len(entries) + setup.options.effort.blocks
-        self._steps = len(setup.options.batch_sizes) * per_batch
+        self._steps = len(set(setup.options.batch_sizes)) * per_batch
 
     def measure(self, batch_size: int) -> None:
         """Add the measurements of every entry at one batch size."""

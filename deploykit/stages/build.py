@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from deploykit import store
+from deploykit._lazy import installed
 from deploykit._shapes import Shape, parse_shape
 from deploykit.errors import MissingError, StageError, UsageError, did_you_mean
 from deploykit.formats import onnx_file
@@ -47,7 +47,7 @@ class BuildOptions(Value):
 def unavailable(flavour: Flavour = "auto") -> str | None:
     """Why no engine can be built here, or None; nothing is imported."""
     names = list(MODULES) if flavour == "auto" else [flavour]
-    if any(find_spec(MODULES[name]) for name in names):
+    if any(installed(MODULES[name]) for name in names):
         return None
     verb = "are" if len(names) > 1 else "is"
     return f"{' and '.join(names)} {verb} not installed"
@@ -69,7 +69,7 @@ def build(source: Artifact, options: BuildOptions, *, out: Path, force: bool = F
     flavour = next(
         name
         for name, module in MODULES.items()
-        if options.flavour in ("auto", name) and find_spec(module)
+        if options.flavour in ("auto", name) and installed(module)
     )
 
     def work(path: Path) -> Made:

@@ -20,6 +20,7 @@ from deploykit.formats import torch_folder
 from deploykit.stages._distill_lesson import (
     Lesson,
     Model,
+    arrange,
     augmented,
     check,
     check_images,
@@ -90,6 +91,8 @@ def distill(  # noqa: PLR0913 - a teacher and data beside what every stage takes
         check_images(bound)
 
     def work(folder: Path) -> Made:
+        import torch
+
         with _reproducible(options):
             pupil, master = opened(student), opened(teacher)
             lesson = read(bound, labels=options.alpha < 1)
@@ -97,6 +100,7 @@ def distill(  # noqa: PLR0913 - a teacher and data beside what every stage takes
             facts = _train(pupil, master, lesson, options, paced(progress or _silent))
             description = torch_folder.describe(student.path)
             source = torch_folder.factory_file(student.path, description)
+            arrange(pupil.module, torch.contiguous_format)
             torch_folder.write(pupil.module, description, source, folder)
         return Made(
             format="torch",
@@ -147,8 +151,9 @@ def paced(
 
     def call(step: int, total: int, text: str) -> None:
         nonlocal last
-        if step == total or clock() - last >= interval_s:
-            last = clock()
+        now = clock()
+        if step == total or now - last >= interval_s:
+            last = now
             progress(step, total, text)
 
     return call
@@ -185,9 +190,7 @@ def _train(
     learn = _learner(pupil.module.train(), options, total)
     losses: list[float] = []
     marks = [time.monotonic()]
-    for epoch, batch in _batches(lesson, options, size):
-        with torch.no_grad():
-            soft = master.logits(batch)
+    for epoch, batch, soft in _batches(lesson, master, options, size):
         hard = pupil.logits(batch)
         losses.append(learn(kd_loss(hard, soft, batch.target, options.temperature, options.alpha)))
         marks.append(time.monotonic())
@@ -208,16 +211,27 @@ def _train(
     }
 
 
-def _batches(lesson: Lesson, options: DistillOptions, size: int) -> Iterator[tuple[int, Lesson]]:
-    """Epoch and batch: each epoch in a new order; what does not fill a batch is left out."""
+def _batches(
+    lesson: Lesson, master: Model, options: DistillOptions, size: int
+) -> Iterator[tuple[int, Lesson, torch.Tensor]]:
+    """Epoch, batch and the teacher's logits; each epoch in a new order.
+
+    What does not fill a batch is left out. Without augmentation the teacher runs once.
+    """
     import torch
 
     rng = torch.Generator().manual_seed(options.seed)
+    known = master.all_logits(lesson, size) if options.augment == "none" else None
     for epoch in range(options.epochs):
         order = torch.randperm(len(lesson), generator=rng)
         for start in range(0, len(lesson) - size + 1, size):
-            batch = lesson.rows(order[start : start + size])
-            yield epoch, augmented(batch, rng) if options.augment == "flip-shift" else batch
+            rows = order[start : start + size]
+            batch = lesson.rows(rows)
+            if known is not None:
+                yield epoch, batch, known[rows]
+            else:
+                batch = augmented(batch, rng)
+                yield epoch, batch, master.all_logits(batch, size)
 
 
 def _learner(

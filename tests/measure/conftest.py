@@ -33,7 +33,7 @@ def fake() -> MakeCandidate:
             outputs=(TensorSpec(name="y", dtype="float32", shape=(batch, 16)),),
             sha256="0" * 64,
         )
-        name = name or behaviour.split(":")[0]
+        name = name or behaviour.split(":", maxsplit=1)[0]
         return Candidate(name=name, artifact=artifact, backend=f"fake:{behaviour}")
 
     return make

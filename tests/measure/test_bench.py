@@ -1,18 +1,194 @@
+"""The whole bench: against fakes of known behaviour, then with real models."""
+
 from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 
-from deploykit import measure
-from deploykit.dataset import open_dataset
 from deploykit.errors import InputError, UsageError
-from deploykit.formats import onnx_file
-from deploykit.measure import Candidate, bench, child, compare_speed, noise_floor, read_result
+from deploykit.measure import bench, compare_speed, noise_floor, read_result, write_result
 from deploykit.measure.lane import Lane
-from deploykit.stages.take import TakeOptions, take
-from deploykit.values import TensorSpec
-from tests_measure_paths import FASHION_MNIST, FASHION_MODEL
+
+from .conftest import FAKE_WORKER, FAST
+
+FATES = {
+    "negated": "output 'y' is wrong: its cosine with the baseline's is -1.000",
+    "nan": "output 'y' has NaN or infinite values",
+    "renamed": "the outputs are ['z'], the baseline's ['y']",
+    "cut": "output 'y' has shape (1, 15), the baseline's (1, 16)",
+    "forgetful": "output 'y' changed between the first run and the last",
+    "crash": "the process ended with signal 11 (Segmentation fault): about to crash",
+    "exit": "the process ended with exit code 3",
+    "raise": "ArithmeticError: no luck",
+    "missing": "fakert cannot run here: it is not installed",
+    "drift": "not steady after",
+}
+GOOD = ("steady", "rounded", "talk", "stall", "slow-load", "hungry")
+
+
+@pytest.fixture(scope="module")
+def result(fake, vectors):
+    """One run with all kinds of candidates beside each other."""
+    candidates = [fake(kind) for kind in (*GOOD, *FATES)]
+    candidates.append(fake("steady:0.6", name="slow"))
+    return bench(candidates, FAST, data=vectors, worker=FAKE_WORKER)
+
+
+@pytest.mark.parametrize("kind", FATES)
+def test_what_went_wrong_is_the_reason_that_voids_a_measurement(result, kind):
+    assert result.of(kind, 1).invalid.startswith(FATES[kind])
+
+
+@pytest.mark.parametrize("kind", [*GOOD, "slow", "steady (again)"])
+def test_the_others_are_measured_in_full(result, kind):
+    measurement = result.of(kind, 1)
+    assert measurement.invalid is None
+    assert len(measurement.blocks_ns) == 15
+    assert measurement.warmup_runs >= 5
+    assert measurement.placement.provider == "fake"
+    assert measurement.peak_rss_bytes > 10 << 20
+    assert measurement.cosines["y"] > 0.9
+
+
+def test_a_planted_difference_is_claimed_and_its_absence_is_not(result):
+    assert compare_speed(result, "slow", 1).claim == "slower"
+    assert 0.2 < compare_speed(result, "slow", 1).speedup.value < 0.6
+    noise = noise_floor(result, 1)
+    assert noise.low < 1.15
+    assert noise.high > 1 / 1.15
+    control = compare_speed(result, "steady (again)", 1)
+    assert (control.claim, control.speedup) == ("no difference", noise)
+
+
+def test_no_call_is_shorter_than_the_truth(result):
+    for kind in GOOD:
+        assert min(min(block) for block in result.of(kind, 1).blocks_ns) >= 200_000
+
+
+def test_stalls_stay_in_the_raw_times(result):
+    longest = [max(block) for block in result.of("stall", 1).blocks_ns]
+    assert sum(time >= 50e6 for time in longest) >= 3
+
+
+def test_loading_is_timed_and_the_start_of_the_interpreter_is_not(result):
+    assert result.of("slow-load", 1).load_ns >= 0.3e9
+    assert result.of("steady", 1).load_ns < 0.25e9
+
+
+def test_the_account_of_placement_is_not_in_the_memory(result):
+    assert result.of("hungry", 1).peak_rss_bytes < result.of("steady", 1).peak_rss_bytes + (
+        99 << 20
+    )
+
+
+def test_a_run_says_where_its_numbers_come_from(result, vectors, tmp_path):
+    assert (result.inputs, result.data_digest) == ("real", vectors.digest)
+    assert (result.baseline, result.control) == ("steady", "steady (again)")
+    assert result.environment.cores >= len(result.of("steady", 1).affinity) == 1
+    write_result(result, tmp_path / "bench.json")
+    assert read_result(tmp_path / "bench.json") == result
+
+
+def test_a_hang_is_stopped_and_costs_the_others_nothing(fake, vectors):
+    options = FAST.model_copy(update={"max_seconds": 6})
+    result = bench([fake("steady"), fake("hang")], options, data=vectors, worker=FAKE_WORKER)
+    assert result.of("hang", 1).invalid == "no answer in 6.2 s"
+    assert len(result.of("steady", 1).blocks_ns) == 15
+
+
+def test_without_a_valid_baseline_nothing_is_claimed(fake, vectors):
+    result = bench([fake("missing"), fake("steady")], FAST, data=vectors, worker=FAKE_WORKER)
+    assert result.of("steady", 1).invalid is None
+    assert "missing (batch 1) is invalid: there is nothing to compare with" in result.notes
+    with pytest.raises(InputError, match="fakert cannot run here"):
+        compare_speed(result, "steady", 1)
+
+
+def test_random_inputs_and_quick_mark_the_result(fake):
+    options = FAST.model_copy(update={"preset": "quick", "batch_sizes": (2, 3)})
+    seen = []
+    result = bench(
+        [fake("steady")],
+        options,
+        data=None,
+        worker=FAKE_WORKER,
+        progress=lambda *step: seen.append(step),
+    )
+    assert (result.inputs, result.data_digest) == ("random", None)
+    assert "inputs are random" in " ".join(result.notes)
+    assert "NOT COMPARABLE" in " ".join(result.notes)
+    assert [m.batch_size for m in result.measurements] == [2, 2, 3, 3]
+    assert [done for _, done, _ in seen] == list(range(2 * (4 + 15)))
+    assert {steps for *_, steps in seen} == {2 * (4 + 15)}
+
+
+def test_long_calls_shorten_the_run(fake, vectors):
+    options = FAST.model_copy(update={"blocks": 60, "block_ms": 1})
+    result = bench([fake("steady:12")], options, data=vectors, worker=FAKE_WORKER)
+    assert len(result.of("steady", 1).blocks_ns) == 15
+    assert "15 blocks instead of 60: calls are long" in result.notes
+
+
+def test_the_order_of_blocks_is_random_and_seeded(fake, vectors, monkeypatch):
+    turns = []
+    time = Lane.time
+    monkeypatch.setattr(
+        Lane, "time", lambda lane, i: (turns.append((i, lane.candidate.name)), time(lane, i))
+    )
+    for _ in range(2):
+        bench([fake("steady")], FAST, data=vectors, worker=FAKE_WORKER)
+    assert turns[:30] == turns[30:]
+    rounds = [turns[i : i + 2] for i in range(0, 30, 2)]
+    assert all({name for _, name in pair} == {"steady", "steady (again)"} for pair in rounds)
+    assert len({pair[0][1] for pair in rounds}) == 2
+
+
+def test_ctrl_c_ends_the_run_and_every_process(fake, vectors, monkeypatch):
+    started = []
+    popen = subprocess.Popen
+
+    def spy(*arguments, **named):
+        started.append(popen(*arguments, **named))
+        return started[-1]
+
+    def interrupt(what: str, done: int, steps: int) -> None:
+        if what.startswith("timing"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("deploykit.measure.child.subprocess.Popen", spy)
+    with pytest.raises(KeyboardInterrupt):
+        bench([fake("steady")], FAST, data=vectors, worker=FAKE_WORKER, progress=interrupt)
+    assert [process.poll() for process in started] == [-9, -9]
+
+
+def test_what_does_not_fit_together_is_refused_before_anything_runs(fake, vectors):
+    def refused(candidates, **changes):
+        return bench(
+            candidates, FAST.model_copy(update=changes), data=vectors, worker=("no-such-program",)
+        )
+
+    with pytest.raises(UsageError, match="no model"):
+        refused([])
+    with pytest.raises(UsageError, match="two models are called 'a'"):
+        refused([fake("steady", "a"), fake("steady", "a")])
+    with pytest.raises(UsageError, match=r"two models are called 'a \(again\)'"):
+        refused([fake("steady", "a"), fake("steady", "a (again)")])
+    with pytest.raises(UsageError, match="is fixed, asked for 4"):
+        refused([fake("steady", batch=1)], batch_sizes=(1, 4))
+    with pytest.raises(UsageError, match="5000 threads"):
+        refused([fake("steady")], threads=5000)
+
+
+def test_the_worker_leaves_stdin_and_stdout_to_nobody():
+    """It ends with its stdin, and imports no heavy library before it is asked to."""
+    code = (
+        "import sys, deploykit.measure, deploykit.measure.worker\n"
+        "print({'torch', 'onnx', 'onnxruntime', 'openvino', 'scipy'} & set(sys.modules))"
+    )
+    light = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert light.stdout.strip() == "set()"
+    command = [sys.executable, "-m", "deploykit.measure.worker"]
+    ended = subprocess.run(command, input="", capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")

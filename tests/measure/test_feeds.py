@@ -28,6 +28,12 @@ def test_a_pool_survives_the_disk_with_odd_names(tmp_path):
             np.testing.assert_array_equal(have[name], array)
 
 
+def test_strings_are_refused_by_name(tmp_path):
+    with pytest.raises(InputError, match="'words' is no array of numbers"):
+        feeds.write(tmp_path / "pool.npz", [{"words": np.array(["a"], object)}])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_real_data_makes_full_batches_in_order(fake, vectors):
     pool = feeds.make_pool([fake("steady")], 30, vectors, np.random.default_rng(0))
     assert [feed["x"].shape for feed in pool] == [(30, 16)] * 3  # 100 samples: the rest is left

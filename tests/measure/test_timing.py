@@ -106,9 +106,7 @@ def test_warm_up_is_not_timed():
 
 def test_the_time_of_imports_is_counted_once(tmp_path, monkeypatch):
     (tmp_path / "fake_outer.py").write_text("import fake_inner\nfake_inner.CLOCK.now += 5\n")
-    (tmp_path / "fake_inner.py").write_text(
-        "from tests_fake_clock import CLOCK\nCLOCK.now += 20\n"
-    )
+    (tmp_path / "fake_inner.py").write_text("from tests_fake_clock import CLOCK\nCLOCK.now += 20\n")
     (tmp_path / "tests_fake_clock.py").write_text("import builtins\nCLOCK = builtins.fake_clock\n")
     monkeypatch.syspath_prepend(tmp_path)
     clock = FakeClock()

@@ -154,9 +154,7 @@ def tied() -> nn.Module:
     def wiring(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.two(self.one(x).relu()).relu())
 
-    model = Wired(
-        wiring, one=nn.Linear(16, 16), two=nn.Linear(16, 16), head=nn.Linear(16, 10)
-    )
+    model = Wired(wiring, one=nn.Linear(16, 16), two=nn.Linear(16, 16), head=nn.Linear(16, 10))
     model.two.weight = model.one.weight
     return model
 
@@ -165,9 +163,7 @@ def used_twice() -> nn.Module:
     def wiring(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.last(self.layer(self.layer(x).relu()).relu()).relu())
 
-    return Wired(
-        wiring, layer=nn.Linear(16, 16), last=nn.Linear(16, 32), head=nn.Linear(32, 10)
-    )
+    return Wired(wiring, layer=nn.Linear(16, 16), last=nn.Linear(16, 32), head=nn.Linear(32, 10))
 
 
 def two_outputs() -> nn.Module:

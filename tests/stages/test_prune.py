@@ -35,8 +35,16 @@ INPUTS = {
 PRUNABLE = [*INPUTS][:14]
 
 
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Artifacts that several tests look at and none changes."""
+    return tmp_path_factory.mktemp("shelf")
+
+
 def taken(name: str, folder: Path, **arguments: object) -> Artifact:
-    """The artifact of a small model, with weights and statistics of a trained one."""
+    """The artifact of a small model, with weights and statistics as of a trained one."""
+    if found := store.read(folder / name):
+        return found
     torch.manual_seed(0)
     model = getattr(small_models, name)(**arguments)
     for layer in model.modules():
@@ -50,16 +58,17 @@ def taken(name: str, folder: Path, **arguments: object) -> Artifact:
         factory=f"{FACTORIES}:{name}",
         arguments=arguments,
         weights=weights,
-        inputs=tuple(
-            TensorSpec(name=n, dtype=d, shape=("batch", *s)) for n, d, s in INPUTS[name]
-        ),
+        inputs=tuple(TensorSpec(name=n, dtype=d, shape=("batch", *s)) for n, d, s in INPUTS[name]),
     )
     return take(options, out=folder / name)
 
 
 def pruned(name: str, folder: Path, **options: object) -> Artifact:
+    out = folder / f"{name}-pruned"
+    if not options and (found := store.read(out)):
+        return found
     chosen = PruneOptions(**{"ratio": 0.4, "round_to": 4, **options})
-    return prune(taken(name, folder), chosen, out=folder / f"{name}-pruned")
+    return prune(taken(name, folder), chosen, out=out)
 
 
 def outputs(artifact: Artifact, seed: int = 5) -> tuple[torch.Tensor, ...]:
@@ -117,7 +126,7 @@ def test_a_higher_ratio_never_keeps_more(channels: int, a: float, b: float) -> N
         (24, 0.17, 16), (48, 0.17, 40), (64, 0.17, 56),
         (24, 0.3, 16), (48, 0.3, 32), (64, 0.3, 48),
         (24, 0.95, 8),  # torch-pruning leaves all 24
-        (4, 0.5, 4), (20, 0.1, 20),
+        (4, 0.5, 4), (20, 0.1, 16), (23, 0.01, 23),
     ],
 )  # fmt: skip
 def test_kept_channels_of_known_cases(channels: int, ratio: float, kept: int) -> None:
@@ -125,54 +134,59 @@ def test_kept_channels_of_known_cases(channels: int, ratio: float, kept: int) ->
 
 
 @pytest.mark.parametrize("name", PRUNABLE)
-def test_pruned_twice_comes_back_from_its_folder_alone(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written: list[nn.Module] = []
-    write = torch_folder.write
-    monkeypatch.setattr(torch_folder, "write", lambda m, *rest: (written.append(m), write(m, *rest)))
-    first = pruned(name, tmp_path)
-    second = prune(first, PruneOptions(ratio=0.3, round_to=4), out=tmp_path / "second")
-    moved = Path(shutil.move(second.path, tmp_path / "moved"))
-    for path in (tmp_path / name, first.path):
-        shutil.rmtree(path)
-
-    again = store.read(moved)
-    assert again is not None
-    once, twice = (torch_folder.describe(moved).edits, first.facts["pruned"])
-    assert len(once) == len(twice) + len(again.facts["pruned"])
-    assert [record.stage for record in again.history] == ["take", "prune", "prune"]
-    loaded, in_memory = torch_folder.load(again), written[-1]
-    want = in_memory.state_dict()
-    assert all(torch.equal(tensor, want[key]) for key, tensor in loaded.state_dict().items())
-    probe = torch_folder.examples(again.inputs, batch=3)
-    with torch.inference_mode():
-        have, want_outputs = (
-            torch_folder.output_tensors(m.eval()(*probe)) for m in (loaded, in_memory)
-        )
-    assert all(map(torch.equal, have, want_outputs))
-
-
-@pytest.mark.parametrize("name", PRUNABLE)
-def test_outputs_and_source_stay(name: str, tmp_path: Path) -> None:
-    source = taken(name, tmp_path)
-    before, digest = outputs(source), store.digest(source.path)
-    made = prune(source, PruneOptions(ratio=0.4, round_to=4), out=tmp_path / "out")
-    assert store.digest(source.path) == digest
-    assert all(map(torch.equal, before, outputs(source)))
+def test_outputs_and_source_stay(name: str, shelf: Path) -> None:
+    source = taken(name, shelf)
+    made = pruned(name, shelf)
+    assert store.digest(source.path) == source.sha256
     assert made.outputs == source.outputs
-    assert [t.shape for t in outputs(made)] == [t.shape for t in before]
+    assert [t.shape for t in outputs(made)] == [t.shape for t in outputs(source)]
     facts = made.facts
     assert facts["parameters_after"] < facts["parameters_before"]
     assert facts["macs_after"] < facts["macs_before"]
     assert 0 < facts["ratio_reached"] < 1
-    for spec in facts["pruned"]:
-        assert spec["channels_after"] == kept_channels(spec["channels_before"], 0.4, 4)
+    for group in facts["pruned"]:
+        assert group["channels_after"] == kept_channels(group["channels_before"], 0.4, 4)
 
 
-def test_residual_layers_lose_the_same_weakest_channels(tmp_path: Path) -> None:
-    source = taken("residual", tmp_path)
-    made = prune(source, PruneOptions(ratio=0.4, round_to=4), out=tmp_path / "out")
+@pytest.mark.parametrize("name", PRUNABLE)
+def test_layers_that_make_outputs_are_left_alone(name: str, shelf: Path) -> None:
+    made = pruned(name, shelf)
+    last = {"mlp": "2", "two_outputs": "a", "depthwise": "5", "grouped": "5", "flattened": "4"}
+    head = last.get(name, "head")
+    assert "makes an output" in reasons(made)[head]
+    assert torch_folder.load(made).get_submodule(head).weight.shape[0] == 10
+
+
+@pytest.mark.parametrize("name", PRUNABLE)
+def test_pruned_twice_comes_back_from_its_folder_alone(
+    name: str, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[nn.Module] = []
+    write = torch_folder.write
+    monkeypatch.setattr(
+        torch_folder, "write", lambda m, *rest: (written.append(m), write(m, *rest))
+    )
+    first = pruned(name, shelf)
+    second = prune(first, PruneOptions(ratio=0.3, round_to=4), out=tmp_path / "second")
+    again = store.read(Path(shutil.move(second.path, tmp_path / "moved")))
+
+    assert again is not None
+    assert [record.stage for record in again.history] == ["take", "prune", "prune"]
+    edits = torch_folder.describe(again.path).edits
+    assert edits[: len(first.facts["pruned"])] == torch_folder.describe(first.path).edits
+    assert len(edits) == len(first.facts["pruned"]) + len(again.facts["pruned"])
+    loaded, in_memory = torch_folder.load(again), written[-1].eval()
+    want = in_memory.state_dict()
+    assert all(torch.equal(tensor, want[key]) for key, tensor in loaded.state_dict().items())
+    probe = torch_folder.examples(again.inputs, batch=3)
+    with torch.inference_mode():
+        pair = [torch_folder.output_tensors(model(*probe)) for model in (loaded, in_memory)]
+    assert all(map(torch.equal, *pair))
+
+
+def test_residual_layers_lose_the_same_weakest_channels(shelf: Path) -> None:
+    source = taken("residual", shelf)
+    made = pruned("residual", shelf)
     assert widths(made) == {"stem.0": 12, "body.1": 12, "body.0.0": 20}
     old, new = torch_folder.load(source), torch_folder.load(made)
     gone = {root: set(channels) for root, _, channels in torch_folder.describe(made.path).edits}
@@ -186,9 +200,7 @@ def test_residual_layers_lose_the_same_weakest_channels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("norm", "power"), [("l1", 1), ("l2", 2)])
-def test_the_weakest_channels_by_an_independent_sum(
-    norm: str, power: int, tmp_path: Path
-) -> None:
+def test_the_weakest_channels_by_an_independent_sum(norm: str, power: int, tmp_path: Path) -> None:
     source = taken("mlp", tmp_path)
     made = prune(source, PruneOptions(ratio=0.5, importance=norm), out=tmp_path / "out")
     layers = torch_folder.load(source)
@@ -202,17 +214,8 @@ def test_the_weakest_channels_by_an_independent_sum(
     assert made.facts["parameters_after"] == 16 * 16 + 16 + 16 * 10 + 10
 
 
-@pytest.mark.parametrize("name", PRUNABLE)
-def test_layers_that_make_outputs_are_left_alone(name: str, tmp_path: Path) -> None:
-    made = pruned(name, tmp_path, ratio=0.6)
-    last = {"mlp": "2", "two_outputs": "a", "depthwise": "5", "grouped": "5", "flattened": "4"}
-    head = last.get(name, "head")
-    assert "makes an output" in reasons(made)[head]
-    assert torch_folder.load(made).get_submodule(head).weight.shape[0] == 10
-
-
-def test_a_layer_whose_features_go_out_is_left_alone(tmp_path: Path) -> None:
-    made = pruned("two_outputs", tmp_path)
+def test_a_layer_whose_features_go_out_is_left_alone(shelf: Path) -> None:
+    made = pruned("two_outputs", shelf)
     assert "makes an output" in reasons(made)["z.0"]
     assert widths(made) == {"classifier.0": 20}
 
@@ -229,9 +232,9 @@ def test_a_layer_whose_features_go_out_is_left_alone(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_cut_is_left_alone_with_the_reason(
-    name: str, layer: str, reason: str, pruned_layers: set[str], tmp_path: Path
+    name: str, layer: str, reason: str, pruned_layers: set[str], shelf: Path
 ) -> None:
-    made = pruned(name, tmp_path)
+    made = pruned(name, shelf)
     assert reason in reasons(made)[layer]
     assert set(widths(made)) == pruned_layers
 
@@ -243,14 +246,14 @@ def test_concatenated_layers_of_different_width_are_left_alone(tmp_path: Path) -
     assert widths(made) == {"two.0.0": 8}
 
 
-def test_depthwise_convolutions_follow_their_input(tmp_path: Path) -> None:
-    made = pruned("depthwise", tmp_path)
+def test_depthwise_convolutions_follow_their_input(shelf: Path) -> None:
+    made = pruned("depthwise", shelf)
     layer = torch_folder.load(made).get_submodule("1.0")
     assert (layer.in_channels, layer.out_channels, layer.groups) == (16, 16, 16)
 
 
-def test_a_frozen_layer_stays_frozen(tmp_path: Path) -> None:
-    model = torch_folder.load(pruned("scaled", tmp_path))
+def test_a_frozen_layer_stays_frozen(shelf: Path) -> None:
+    model = torch_folder.load(pruned("scaled", shelf))
     assert not model.stem[0].weight.requires_grad
     assert model.head.weight.requires_grad
     assert model.scale.requires_grad
@@ -265,9 +268,7 @@ def test_a_frozen_layer_stays_frozen(tmp_path: Path) -> None:
         ("not_differentiable", "gradients lead from the outputs to no layer"),
     ],
 )
-def test_nothing_to_prune_is_an_error_with_reasons(
-    name: str, reason: str, tmp_path: Path
-) -> None:
+def test_nothing_to_prune_is_an_error_with_reasons(name: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(StageError, match="nothing could be pruned") as caught:
         pruned(name, tmp_path)
     assert reason in str(caught.value)
@@ -309,10 +310,10 @@ def test_a_ratio_of_zero_leaves_a_layer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("field", ["keep", "ratios"])
 def test_an_unknown_pattern_is_a_usage_error(field: str, tmp_path: Path) -> None:
-    value = ("body.0.O",) if field == "keep" else {"body.0.O": 0.5}
-    with pytest.raises(UsageError, match=r"'body\.0\.O' matches no module") as caught:
+    value = ("bodyy",) if field == "keep" else {"bodyy": 0.5}
+    with pytest.raises(UsageError, match=r"'bodyy' matches no module") as caught:
         pruned("residual", tmp_path, **{field: value})
-    assert "did you mean 'body.0.0'?" in caught.value.hint
+    assert "did you mean 'body'?" in caught.value.hint
 
 
 @pytest.mark.parametrize("ratio", [0, 1, -0.5, 1.5, float("nan")])

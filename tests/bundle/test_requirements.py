@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+from small_models import save, save_engine, save_int8, save_linear
+
+from deploykit import environment
+from deploykit.bundle import Requirements
+from deploykit.bundle.requirements import RUNTIMES, mismatches, requirements
+from deploykit.errors import InputError, UsageError
+from deploykit.formats import open_model
+from deploykit.values import Artifact
+
+HERE = environment.read()
+VNNI = HERE.model_copy(update={"cpu_features": ("avx2", "avx512_vnni")})
+AVX2 = HERE.model_copy(update={"cpu_features": ("avx2",)})
+
+
+def test_a_portable_file_requires_a_runtime_only(linear: Artifact):
+    assert requirements(linear, "ort-cpu", VNNI) == Requirements(
+        runtimes=("onnxruntime", "onnxruntime-gpu"), version="1.23", match="at least", opset=17
+    )
+
+
+def test_a_new_opset_requires_the_runtime_that_ran_it(tmp_path: Path):
+    model = save_linear(tmp_path / "m.onnx", opset=23)
+    assert requirements(model, "ort-cpu", HERE).version == HERE.libraries["onnxruntime"]
+
+
+class TestDotProduct:
+    @pytest.fixture
+    def wide(self, tmp_path: Path) -> Artifact:
+        return save_int8(tmp_path / "wide.onnx", largest_weight=127)
+
+    @pytest.fixture
+    def narrow(self, tmp_path: Path) -> Artifact:
+        return save_int8(tmp_path / "narrow.onnx", largest_weight=64)
+
+    def test_it_is_required_where_sums_overflow_without(self, wide: Artifact):
+        requires = requirements(wide, "ort-cpu", VNNI)
+        assert "avx512_vnni" in requires.cpu_features_any
+        assert mismatches(requires, VNNI) == []
+        (row,) = mismatches(requires, AVX2)
+        assert row.endswith("required, avx2 found")
+
+    def test_not_where_weights_have_7_bits(self, narrow: Artifact):
+        assert requirements(narrow, "ort-cpu", VNNI).cpu_features_any == ()
+
+    def test_not_where_it_was_measured_without(self, wide: Artifact):
+        assert requirements(wide, "ort-cpu", AVX2).cpu_features_any == ()
+
+    def test_not_by_a_float_model(self, linear: Artifact):
+        assert requirements(linear, "ort-cpu", VNNI).cpu_features_any == ()
+
+
+def test_native_code_requires_its_system_and_version(tmp_path: Path):
+    requires = requirements(save_engine(tmp_path / "m.engine"), "tensorrt", HERE)
+    host = HERE.model_copy(update={"libraries": {"tensorrt": "11.4.0.106"}})
+    assert mismatches(requires, host) == []
+    assert mismatches(requires, host.model_copy(update={"machine": "aarch64"}))
+    assert mismatches(requires, host.model_copy(update={"system": "Windows 11"}))
+    newer = host.model_copy(update={"libraries": {"tensorrt": "11.4.0.107"}})
+    assert mismatches(requires, newer) == [
+        "tensorrt exactly 11.4.0.106 required, tensorrt 11.4.0.107 found"
+    ]
+
+
+def test_an_engine_of_another_flavour_is_refused(tmp_path: Path):
+    engine = save_engine(tmp_path / "m.engine", flavour="tensorrt-rtx")
+    with pytest.raises(UsageError, match="built for tensorrt-rtx"):
+        requirements(engine, "tensorrt", HERE)
+
+
+def test_an_engine_of_unknown_version_is_refused(tmp_path: Path):
+    engine = save_engine(tmp_path / "m.engine")
+    record = engine.history[0].model_copy(update={"facts": {}})
+    engine = engine.model_copy(update={"history": (record,)})
+    with pytest.raises(InputError, match="which TensorRT version"):
+        requirements(engine, "tensorrt", HERE)
+
+
+def test_a_format_on_the_wrong_backend_is_refused(linear: Artifact, tmp_path: Path):
+    with pytest.raises(UsageError, match="does not run onnx"):
+        requirements(linear, "tensorrt", HERE)
+    with pytest.raises(UsageError, match="does not run engine"):
+        requirements(save_engine(tmp_path / "m.engine"), "ort-cpu", HERE)
+
+
+def test_native_code_in_an_onnx_file_is_refused(tmp_path: Path):
+    graph = helper.make_graph(
+        [helper.make_node("EPContext", ["x"], ["y"], domain="com.microsoft")],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch"])],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "m.onnx")
+    with pytest.raises(InputError, match="EPContext"):
+        requirements(open_model(tmp_path / "m.onnx"), "ort-cpu", HERE)
+
+
+def test_session_options_in_an_onnx_file_are_refused(linear: Artifact, tmp_path: Path):
+    model = onnx.load(linear.path)
+    model.metadata_props.add(key="ort_config", value="{}")
+    other = save(model.graph, tmp_path / "m.onnx")
+    assert requirements(other, "ort-cpu", HERE)
+    onnx.save(model, other.path)
+    with pytest.raises(InputError, match="ort_config"):
+        requirements(other, "ort-cpu", HERE)
+
+
+versions = st.lists(st.integers(0, 99), min_size=1, max_size=4)
+
+
+@given(versions, versions, st.sampled_from(["", "+cpu", "rc1", ".dev0"]))
+def test_versions_compare_by_number_and_missing_parts_are_zero(
+    have: list[int], want: list[int], tail: str
+):
+    width = max(len(have), len(want))
+    padded = [part + [0] * (width - len(part)) for part in (have, want)]
+    installed = ".".join(map(str, have)) + tail
+    machine = HERE.model_copy(update={"libraries": {"openvino": installed}})
+    required = Requirements(
+        runtimes=("openvino",), version=".".join(map(str, want)), match="at least"
+    )
+    assert (mismatches(required, machine) == []) == (padded[0] >= padded[1])
+
+
+def test_the_runtimes_are_those_that_environments_list():
+    for runtime in RUNTIMES.values():
+        assert set(runtime.distributions) <= set(environment.LIBRARIES)

@@ -1,0 +1,280 @@
+"""Each bad input: its exit code, two lines, and nothing at the final path."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deploykit.values import Artifact
+from tests.cli.conftest import Command
+from tests.conftest import FACTORY, FASHION, TEACHER
+
+SHAPE = ("--input-shape", "images:1x1x28x28")
+CALIBRATION = FASHION / "calibration.npz"
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    return folder
+
+
+def test_a_factory_file_that_is_not_there(deploykit: Command, out: Path) -> None:
+    told = deploykit("export", "nowhere.py:net", *SHAPE, "-o", out / "m.onnx")
+    assert told.code == 3
+    assert "nowhere.py" in told.lines[0]
+    assert not list(out.iterdir())
+
+
+def test_a_factory_that_is_not_in_its_file(deploykit: Command, out: Path) -> None:
+    told = deploykit("export", FACTORY.replace(":resnet", ":resnt"), *SHAPE, "-o", out / "m.onnx")
+    assert told.code == 3
+    assert "did you mean 'resnet'?" in told.lines[1]
+    assert not list(out.iterdir())
+
+
+def test_a_factory_that_raises(deploykit: Command, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("def net():\n    raise RuntimeError('no weights here')\n")
+    told = deploykit("export", f"{tmp_path / 'bad.py'}:net", *SHAPE, "-o", out / "m.onnx")
+    assert told.code == 3
+    assert "RuntimeError: no weights here" in told.lines[0]
+
+
+def test_a_file_that_fails_to_import(deploykit: Command, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("import no_such_library\n")
+    told = deploykit("export", f"{tmp_path / 'bad.py'}:net", *SHAPE, "-o", out / "m.onnx")
+    assert told.code == 3
+    assert "no_such_library" in told.lines[0]
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+def test_a_checkpoint_of_another_model(
+    deploykit: Command, out: Path, tmp_path: Path, change: str
+) -> None:
+    state = load_file(TEACHER)
+    if change == "missing":
+        del state["classifier.bias"]
+    elif change == "unknown":
+        state["head.extra"] = torch.zeros(3)
+    else:
+        state["classifier.weight"] = torch.zeros(10, 65)
+    save_file(state, tmp_path / "w.safetensors")
+    told = deploykit(
+        "prune", FACTORY, "--weights", tmp_path / "w.safetensors", *SHAPE, "-o", out / "p"
+    )
+    assert told.code == 3
+    named = {"missing": "classifier.bias", "unknown": "head.extra", "shape": "classifier.weight"}
+    assert named[change] in told.lines[0]
+    assert not list(out.iterdir())
+
+
+class _Payload:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        import os
+
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_a_pickle_is_refused_and_never_run(
+    deploykit: Command, out: Path, tmp_path: Path, writer: str
+) -> None:
+    path, marker = tmp_path / "w.pt", tmp_path / "it-ran"
+    if writer == "torch":
+        torch.save({"w": _Payload(marker)}, path)
+    else:
+        path.write_bytes(pickle.dumps(_Payload(marker)))
+    told = deploykit("export", FACTORY, "--weights", path, *SHAPE, "-o", out / "m.onnx")
+    assert told.code == 3
+    assert "pickles are never run" in told.lines[1]
+    assert not marker.exists()
+    assert not list(out.iterdir())
+
+
+def test_a_state_dict_without_pickle_payload_is_fine(
+    deploykit: Command, out: Path, tmp_path: Path
+) -> None:
+    torch.save(load_file(TEACHER), tmp_path / "w.pt")
+    told = deploykit("inspect", FACTORY, "--weights", tmp_path / "w.pt", *SHAPE)
+    assert told.code == 0
+    assert "images: float32[batch, 1, 28, 28]" in told.out
+
+
+@pytest.mark.parametrize(
+    ("arrays", "named"),
+    [
+        ({"pixels": np.zeros((4, 1, 28, 28), np.float32)}, "'images'"),
+        ({"images": np.zeros((4, 1, 28, 30), np.float32)}, "(4, 1, 28, 30)"),
+        ({"images": np.zeros((4, 1, 28, 28), np.int64)}, "int64"),
+        ({"images": np.zeros((0, 1, 28, 28), np.float32)}, "empty"),
+        ({"images": np.full((4, 1, 28, 28), np.inf, np.float32)}, "infinite"),
+        ({"images": np.array([{}, {}], object)}, "not a readable .npz"),
+    ],
+    ids=["name", "shape", "dtype", "empty", "not finite", "objects"],
+)
+def test_bad_calibration_data(
+    deploykit: Command,
+    out: Path,
+    tmp_path: Path,
+    teacher_onnx: Artifact,
+    arrays: dict[str, np.ndarray],
+    named: str,
+) -> None:
+    np.savez(tmp_path / "data.npz", **arrays)
+    told = deploykit(
+        "quantize", teacher_onnx.path, "--calibration-data", tmp_path / "data.npz",
+        "-o", out / "q.onnx",
+    )  # fmt: skip
+    assert told.code == 3
+    assert named in told.lines[0]
+    assert not list(out.iterdir())
+
+
+def test_random_calibration_is_refused(
+    deploykit: Command, out: Path, teacher_onnx: Artifact
+) -> None:
+    told = deploykit(
+        "quantize", teacher_onnx.path, "--calibration-data", "random", "-o", out / "q.onnx"
+    )
+    assert told.code == 3
+    assert "random" in told.lines[0]
+
+
+def test_a_dynamic_axis_without_a_shape(deploykit: Command, out: Path) -> None:
+    told = deploykit(
+        "export", FACTORY, *SHAPE, "--dynamic-axis", "pictures:2=height", "-o", out / "m.onnx"
+    )
+    assert told.code == 2
+    assert "without a shape" in told.lines[0]
+    assert "--input-shape pictures:" in told.lines[1]
+
+
+def test_a_factory_without_inputs(deploykit: Command, out: Path) -> None:
+    told = deploykit("export", FACTORY, "-o", out / "m.onnx")
+    assert told.code == 2
+    assert "--input-shape" in told.lines[1]
+
+
+def test_inputs_that_the_model_does_not_run_on(deploykit: Command, out: Path) -> None:
+    told = deploykit(
+        "export", FACTORY, "--input-shape", "images:1x3x28x28", "-o", out / "m.onnx"
+    )
+    assert told.code == 3
+    assert "does not run on images: float32[batch, 3, 28, 28]" in told.lines[0]
+
+
+def test_an_unknown_backend(deploykit: Command, teacher_onnx: Artifact) -> None:
+    told = deploykit("bench", teacher_onnx.path, "--backend", "ortcpu", "--data", CALIBRATION)
+    assert told.code == 2
+    assert told.lines[1] == "  fix: did you mean 'ort-cpu'?"
+
+
+def test_an_unknown_command_and_an_unknown_option(deploykit: Command) -> None:
+    assert deploykit("quantise").lines[1] == "  fix: did you mean 'quantize'?"
+    told = deploykit("quantize", "m.onnx", "--calibration-dta", "x")
+    assert told.code == 2
+    assert "calibration-data" in told.lines[0]
+
+
+def test_an_unknown_metric(deploykit: Command, teacher_onnx: Artifact) -> None:
+    told = deploykit("evaluate", teacher_onnx.path, "--data", CALIBRATION, "--metric", "top-1")
+    assert told.code == 2
+    assert told.lines[1] == "  fix: did you mean 'top1'?"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_output_that_exists_is_kept_unless_forced(
+    deploykit: Command, tmp_path: Path, teacher: Artifact, force: bool
+) -> None:
+    path = tmp_path / "pruned"
+    path.write_text("somebody's notes")
+    more = ["--force"] if force else []
+    told = deploykit("prune", teacher.path, "--ratio", "0.3", "-o", path, *more)
+    if force:
+        assert told.code == 0
+        assert (path / "weights.safetensors").is_file()
+    else:
+        assert told.code == 2
+        assert "exists already" in told.lines[0]
+        assert path.read_text() == "somebody's notes"
+    assert {p.name for p in tmp_path.iterdir()} == {"pruned"}
+
+
+@pytest.mark.parametrize("ratio", ["0", "1", "1.5", "-0.1", "half"])
+def test_a_ratio_out_of_range(
+    deploykit: Command, out: Path, teacher: Artifact, ratio: str
+) -> None:
+    told = deploykit("prune", teacher.path, "--ratio", ratio, "-o", out / "p")
+    assert told.code == 2
+    assert "ratio" in told.lines[0]
+    assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("empty.onnx", b""),
+        ("noise.onnx", bytes(range(256)) * 40),
+        ("renamed.onnx", b"PK\x03\x04 a zip"),
+        ("pointer.onnx", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+    ],
+)
+def test_files_that_are_no_onnx(
+    deploykit: Command, tmp_path: Path, name: str, content: bytes
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    told = deploykit("inspect", tmp_path / name)
+    assert told.code == 3
+    assert name in told.lines[0]
+
+
+def test_a_truncated_onnx(deploykit: Command, tmp_path: Path, teacher_onnx: Artifact) -> None:
+    path = tmp_path / "half.onnx"
+    path.write_bytes(teacher_onnx.path.read_bytes()[:200_000])
+    told = deploykit("inspect", path)
+    assert told.code == 3
+
+
+def test_a_model_changed_behind_its_record(
+    deploykit: Command, tmp_path: Path, teacher: Artifact
+) -> None:
+    told = deploykit("prune", teacher.path, "--ratio", "0.3", "-o", tmp_path / "p")
+    assert told.code == 0
+    weights = tmp_path / "p" / "weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    told = deploykit("inspect", tmp_path / "p")
+    assert told.code == 5
+    assert "not the file that its record describes" in told.lines[0]
+
+
+def test_a_read_only_folder(deploykit: Command, tmp_path: Path, teacher: Artifact) -> None:
+    told = deploykit("prune", teacher.path, "--ratio", "0.3", "-o", "/proc/pruned")
+    assert told.code in (2, 6)
+    assert "/proc" in told.lines[0]
+
+
+def test_a_bug_is_told_as_one(
+    deploykit: Command, monkeypatch: pytest.MonkeyPatch, teacher: Artifact
+) -> None:
+    from deploykit.cli import tell
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(tell, "_text", broken)
+    told = deploykit("inspect", teacher.path)
+    assert told.code == 1
+    assert "ZeroDivisionError: planted" in told.lines[0]
+    with pytest.raises(ZeroDivisionError):
+        deploykit("--traceback", "inspect", teacher.path)

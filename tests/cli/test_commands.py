@@ -1,0 +1,135 @@
+"""The way of a model through the commands, and what they print."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from deploykit.cli import COMMANDS
+from deploykit.values import Artifact
+from tests.cli.conftest import Command
+from tests.conftest import FASHION
+
+CALIBRATION, EVALUATION = FASHION / "calibration.npz", FASHION / "evaluation.npz"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_of_one_line(deploykit: Command, name: str) -> None:
+    told = deploykit(name, "--help")
+    assert told.code == 0
+    assert COMMANDS[name][1] in " ".join(told.out.split())
+
+
+def test_the_help_names_every_command(deploykit: Command) -> None:
+    out = deploykit("--help").out
+    assert all(f"  {name} " in out for name in COMMANDS)
+
+
+def test_every_option_says_what_it_is() -> None:
+    for name, (module, _) in COMMANDS.items():
+        command = getattr(importlib.import_module(f"deploykit.cli.{module}"), f"{name}_command")
+        silent = [p.opts for p in command.params if hasattr(p, "help") and not p.help]
+        assert not silent, (name, silent)
+
+
+def test_from_torch_to_a_verified_bundle(
+    deploykit: Command, teacher: Artifact, tmp_path: Path
+) -> None:
+    pruned, onnx = tmp_path / "pruned", tmp_path / "m.onnx"
+    int8, bundle = tmp_path / "m.int8.onnx", tmp_path / "bundle"
+    steps = [
+        ("prune", teacher.path, "--ratio", "0.25", "-o", pruned),
+        ("export", pruned, "--data", EVALUATION, "-o", onnx),
+        ("quantize", onnx, "--calibration-data", CALIBRATION, "-o", int8),
+        ("package", int8, "--data", CALIBRATION, "--name", "net", "--layout", "triton", "-o", bundle),
+        ("verify", bundle),
+    ]  # fmt: skip
+    for step in steps:
+        told = deploykit(*step)
+        assert told.code == 0, (step, told.err)
+        assert str(step[-1]) in told.out
+    assert (bundle / "net" / "1" / "model.onnx").is_file()
+    config = (bundle / "net" / "config.pbtxt").read_text()
+    assert 'name: "net"' in config
+    history = json.loads(deploykit("inspect", int8, "--json").out)["history"]
+    assert [r["stage"] for r in history] == ["take", "prune", "export", "quantize"]
+
+
+@pytest.mark.parametrize("metric", ["top1", "agreement"])
+def test_evaluate_prints_one_document(
+    deploykit: Command, teacher_int8: Artifact, teacher_onnx: Artifact, metric: str
+) -> None:
+    told = deploykit(
+        "evaluate", teacher_int8.path, "--data", CALIBRATION, "--metric", metric,
+        "--reference", teacher_onnx.path, "--json",
+    )  # fmt: skip
+    document = json.loads(told.out)
+    assert document["schema"] == "deploykit.score/1"
+    assert document["score"]["low"] < document["score"]["value"] < document["score"]["high"]
+    assert document["score"]["value"] > 0.9
+    assert document["samples"] == 512
+
+
+def test_a_metric_of_the_user_s_own(
+    deploykit: Command, teacher_onnx: Artifact, tmp_path: Path
+) -> None:
+    (tmp_path / "metric.py").write_text(
+        "def score(outputs, target, reference):\n"
+        "    return (outputs['logits'].argmax(1) == target).mean()\n"
+    )
+    told = deploykit(
+        "evaluate", teacher_onnx.path, "--data", CALIBRATION,
+        "--metric", f"{tmp_path / 'metric.py'}:score",
+    )  # fmt: skip
+    assert told.code == 0
+    assert told.out.startswith("metric.py:score 0.9")
+
+
+def test_compare_tells_how_int8_differs(
+    deploykit: Command, teacher_onnx: Artifact, teacher_int8: Artifact
+) -> None:
+    told = deploykit("compare", teacher_onnx.path, teacher_int8.path, "--data", CALIBRATION)
+    assert told.code == 0
+    assert "logits: max |difference|" in told.out
+    document = json.loads(
+        deploykit(
+            "compare", teacher_onnx.path, teacher_onnx.path, "--data", CALIBRATION, "--json"
+        ).out
+    )
+    assert document["outputs"][0]["max_absolute"] == 0
+
+
+def test_bench_keeps_every_sample(
+    deploykit: Command, teacher_onnx: Artifact, teacher_int8: Artifact, tmp_path: Path
+) -> None:
+    out = tmp_path / "bench.json"
+    told = deploykit(
+        "bench", teacher_onnx.path, teacher_int8.path, "--backend", "ort-cpu",
+        "--data", CALIBRATION, "--preset", "quick", "--blocks", "15", "--block-ms", "20", "-o", out,
+    )  # fmt: skip
+    assert told.code == 0, told.err
+    assert "noise floor" in told.out
+    document = json.loads(out.read_text())
+    assert document["schema"] == "deploykit.bench/1"
+    assert all(len(m["blocks_ns"]) == 15 for m in document["measurements"])
+
+
+def test_bench_without_data_is_refused_and_random_is_marked(
+    deploykit: Command, teacher_onnx: Artifact
+) -> None:
+    assert deploykit("bench", teacher_onnx.path).code == 2
+    told = deploykit(
+        "bench", teacher_onnx.path, "--backend", "ort-cpu", "--data", "random",
+        "--blocks", "15", "--block-ms", "5", "--json",
+    )  # fmt: skip
+    assert json.loads(told.out)["inputs"] == "random"
+
+
+def test_doctor_says_what_works_here(deploykit: Command) -> None:
+    document = json.loads(deploykit("doctor", "--json").out)
+    assert document["checks"]["ort-cpu"] == {"ok": True, "reason": None}
+    assert document["environment"]["cores"] >= 1
+    assert "int8 preset here" in deploykit("doctor").out

@@ -1,0 +1,67 @@
+"""Ctrl-C and SIGTERM in the middle of a stage: nothing torn at a final path, exit code 130."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from deploykit.values import Artifact
+from tests.cli.conftest import spawn
+from tests.conftest import FASHION
+
+CALIBRATION, TRAIN = FASHION / "calibration.npz", FASHION / "train.npz"
+
+
+def _stages(teacher: Path, onnx: Path) -> dict[str, tuple[object, ...]]:
+    return {
+        "prune": ("prune", teacher, "--ratio", "0.3"),
+        "distill": ("distill", teacher, "--teacher", teacher, "--data", TRAIN),
+        "export": ("export", teacher),
+        "quantize": ("quantize", onnx, "--calibration-data", CALIBRATION,
+                     "--calibration-batch-size", "1"),
+        "package": ("package", onnx, "--data", CALIBRATION, "--layout", "triton"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", ["prune", "distill", "export", "quantize", "package"])
+@pytest.mark.parametrize("delay", [1.5, 4.0])
+def test_an_interrupt_leaves_the_old_result(
+    stage: str, delay: float, teacher: Artifact, teacher_onnx: Artifact, tmp_path: Path
+) -> None:
+    out = tmp_path / "result"
+    out.write_text("old")
+    words = _stages(teacher.path, teacher_onnx.path)[stage]
+    process = spawn(*words, "-o", out, "--force", cwd=tmp_path)
+    time.sleep(delay)
+    process.send_signal(signal.SIGTERM if delay > 2 else signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    if process.returncode == 0:  # it was done before the signal came
+        assert not out.is_file() or out.read_bytes() != b"old"
+    elif process.returncode == -signal.SIGINT:  # the interpreter had not come to our code yet
+        assert out.read_text() == "old"
+    else:
+        assert process.returncode == 130, err
+        assert err.splitlines()[-2] == "error: interrupted"
+        assert out.read_text() == "old"
+    leftovers = [p.name for p in tmp_path.iterdir() if p.name.startswith(".result")]
+    assert not leftovers
+
+
+def test_kill_9_leaves_the_old_result_and_the_next_run_sweeps(
+    teacher: Artifact, tmp_path: Path
+) -> None:
+    out = tmp_path / "result"
+    out.write_text("old")
+    words = ("distill", teacher.path, "--teacher", teacher.path, "--data", TRAIN)
+    process = spawn(*words, "-o", out, "--force", cwd=tmp_path)
+    time.sleep(6)
+    process.kill()
+    process.communicate()
+    assert out.read_text() == "old"
+    done = spawn("prune", teacher.path, "--ratio", "0.3", "-o", out, "--force", cwd=tmp_path)
+    _, err = done.communicate(timeout=120)
+    assert done.returncode == 0, err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["result"]
