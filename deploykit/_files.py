@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from deploykit.errors import ResourceError, UsageError
+from deploykit.errors import DeploykitError, ResourceError, UsageError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 """What rename(2) says of a folder with files, or of a file where the other is a folder."""
 
@@ -45,20 +46,31 @@ def size_bytes(path: Path) -> int:
 def check_free(out: Path, *, force: bool) -> None:
     """Refuse to write over `out` unless forced, or where its parent is no folder.
 
-    Raises UsageError.
+    Raises UsageError. ResourceError: the disk is full.
     """
     if (out.exists() or out.is_symlink()) and not force:
         raise UsageError(
             f"{out} exists already", hint="give another output path, or --force to replace it"
         )
-    for parent in out.absolute().parents:
-        if parent.exists():
-            if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-                raise UsageError(
-                    f"{out} cannot be written: {parent} is no folder that you may write to",
-                    hint="give an output path in a folder that you may write to",
-                )
-            return
+    parent = next(p for p in out.absolute().parents if p.exists())
+    probe = parent / f".deploykit-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise _unwritable(out, error) from error
+
+
+def _unwritable(out: Path, error: OSError) -> DeploykitError:
+    if error.errno in _FULL:
+        return ResourceError(
+            f"{out}: no space left to write it ({error.strerror})",
+            hint="free some disk space; what was there before is untouched",
+        )
+    return UsageError(
+        f"{out} cannot be written: {error.strerror}",
+        hint="give an output path in a folder that you may write to",
+    )
 
 
 @contextmanager
@@ -66,9 +78,13 @@ def staged(out: Path) -> Iterator[Path]:
     """Give a temporary path beside `out`; on success it takes the place of `out` in one step.
 
     The block may make a file or a folder there. On any error the temporary path is removed and
-    `out` is as it was. Raises ResourceError when the disk is full.
+    `out` is as it was. Raises ResourceError: the disk is full. UsageError: there is no such folder
+    and none can be made.
     """
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(out, error) from error
     _sweep(out)
     token = secrets.token_hex(4)
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}-{token}{out.suffix}")
@@ -78,11 +94,8 @@ def staged(out: Path) -> Iterator[Path]:
         _replace(temporary, out)
         _sync_folder(out.absolute().parent)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ResourceError(
-                f"{out}: no space left to write it ({error.strerror})",
-                hint="free some disk space; what was there before is untouched",
-            ) from error
+        if error.errno in _FULL:
+            raise _unwritable(out, error) from error
         raise
     finally:
         remove(temporary)

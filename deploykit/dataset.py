@@ -171,7 +171,7 @@ def _checked(
 
 def _read_npz(path: Path) -> Chunk:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except MemoryError:
         raise

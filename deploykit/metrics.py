@@ -131,10 +131,9 @@ def mean_interval(values: Array) -> Interval:
     """Mean and its 95 % interval: Wilson's for shares (0 and 1 only), else Student's t."""
     from scipy import stats
 
-    n, mean = len(values), float(values.mean())
     if np.isin(values, (0.0, 1.0)).all():
-        ci = stats.binomtest(int(values.sum()), n).proportion_ci(method="wilson")
-        return Interval(value=mean, low=float(ci.low), high=float(ci.high))
+        ci = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
+        return Interval(value=float(values.mean()), low=float(ci.low), high=float(ci.high))
     return _student(values)
 
 
@@ -142,7 +141,8 @@ def _student(values: Array) -> Interval:
     """Mean and Student's 95 % interval; unbounded where no spread can be told."""
     from scipy import stats
 
-    n, mean = len(values), float(values.mean())
+    with np.errstate(invalid="ignore"):  # of inf and -inf the mean is NaN
+        n, mean = len(values), float(values.mean())
     if n < 2 or not np.isfinite(values).all():
         return Interval(value=mean, low=float("-inf"), high=float("inf"))
     half = float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n))

@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -113,6 +114,29 @@ def test_a_parent_that_is_a_file_is_refused(tmp_path: Path, force: bool) -> None
     out = tmp_path / "file" / "deep" / "out"
     with refused(UsageError, out, tmp_path / "file", hint="in a folder that you may write to"):
         _files.check_free(out, force=force)
+
+
+def test_looking_leaves_nothing(tmp_path: Path) -> None:
+    _files.check_free(tmp_path / "deep" / "out", force=False)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "hint"),
+    [(errno.ENOSPC, ResourceError, "free some disk space"), (errno.EROFS, UsageError, "you may")],
+)
+def test_a_folder_that_takes_nothing_is_told_by_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kind: Any, hint: str
+) -> None:
+    def fails(path: Path, *arguments: object, **options: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "mkdir", fails)
+    out = tmp_path / "deep" / "out"
+    with refused(kind, out, os.strerror(code), hint=hint):
+        _files.check_free(out, force=False)
+    with refused(kind, out, os.strerror(code), hint=hint):
+        _files.write_text(out, "text")
 
 
 # --- whole or not at all

@@ -55,5 +55,5 @@ class ResNet(nn.Module):
 def resnet(
     widths: Sequence[int] = (24, 48, 64), blocks: Sequence[int] = (1, 2, 2), classes: int = 10
 ) -> nn.Module:
-    """images float32 [batch, 1, 28, 28], normalized, to logits float32 [batch, classes]."""
+    """Images float32 [batch, 1, 28, 28], normalized, to logits float32 [batch, classes]."""
     return ResNet(widths, blocks, classes)

@@ -2,8 +2,9 @@
 
     python benchmarks/models/train_fashion_mnist.py FOLDER_OF_IDX_FILES [OUT.safetensors]
 
-Eight epochs of SGD with one-cycle learning rate, horizontal flips and shifts of up to two pixels; the 10,000
-test images are scored once, at the end. About 25 minutes on two cores without bfloat16.
+Eight epochs of SGD with one-cycle learning rate, horizontal flips and shifts of up to two pixels;
+the 10,000 test images are scored once, at the end (0.9307 for the committed weights). About 25
+minutes on two busy cores.
 """
 
 from __future__ import annotations

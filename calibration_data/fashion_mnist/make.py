@@ -2,13 +2,12 @@
 
     python calibration_data/fashion_mnist/make.py FOLDER_OF_IDX_FILES [OUTPUT_FOLDER]
 
-FOLDER holds train-images-idx3-ubyte(.gz), train-labels-idx1-ubyte(.gz), t10k-images-idx3-ubyte(.gz) and
-t10k-labels-idx1-ubyte(.gz); Debian's package dataset-fashion-mnist installs them in
-/usr/share/datasets/fashion-mnist.
+FOLDER holds train-images-idx3-ubyte(.gz), train-labels-idx1-ubyte(.gz), and the same two of t10k;
+Debian's package dataset-fashion-mnist installs them in /usr/share/datasets/fashion-mnist.
 
 Three disjoint splits are written, `images` uint8 [n, 1, 28, 28] and `target` int64 [n]:
-calibration (512, stratified by class) and train (20,000) from the 60,000 training images, evaluation (all
-10,000 test images). manifest.json holds the digests of the files and of the arrays in them.
+calibration (512, stratified by class) and train (20,000) from the 60,000 training images,
+evaluation (all 10,000 test images). manifest.json holds digests of the files and of their arrays.
 """
 
 from __future__ import annotations
@@ -54,7 +53,9 @@ def digest(array: np.ndarray) -> str:
 
 def main(source: Path, out: Path) -> None:
     images, labels = (read_idx(source, f"train-{k}-ubyte") for k in ("images-idx3", "labels-idx1"))
-    test, test_labels = (read_idx(source, f"t10k-{k}-ubyte") for k in ("images-idx3", "labels-idx1"))
+    test, test_labels = (
+        read_idx(source, f"t10k-{k}-ubyte") for k in ("images-idx3", "labels-idx1")
+    )
     calibration, train = choose(labels)
     splits = {
         "calibration": (images[calibration], labels[calibration]),

@@ -24,10 +24,11 @@ OUTPUTS = "golden_outputs"
 SHARES: dict[Precision, float] = {
     "fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2, "int8": 1.5e-2, "fp8": 5e-2,
 }  # fmt: skip
-"""Tolerated share of the largest |golden| value; BUNDLE_FORMAT.md gives the reasons."""
+"""Tolerated share of a float and of the largest one; BUNDLE_FORMAT.md gives the reasons."""
 
 _BROKEN_ARCHIVE = (
-    OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError,
+    OSError, ValueError, EOFError, RuntimeError, NotImplementedError,
+    zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 
 
@@ -81,12 +82,12 @@ def record(model: Artifact, backend: str, feed: Feed, path: Path) -> GoldenOutpu
                 f"{model.path}: output {name!r} is not finite or not of numbers on the golden data",
                 hint="the model is broken on this data; evaluate it first",
             )
-    share = SHARES[model.precision]
+    shares = {n: SHARES[model.precision] * (a.dtype.kind == "f") for n, a in first.items()}
     expected = GoldenOutputs(
         path=path.name,
         batch_size=batch_size,
-        atol={name: share * _largest(array) for name, array in first.items()},
-        rtol=share,
+        atol={n: share * float(np.abs(first[n]).max(initial=0)) for n, share in shares.items()},
+        rtol=shares,
         max_error=0.0,
     )
     agreement = compare(first, second, expected)
@@ -119,8 +120,8 @@ def compare(
         problem = f"the outputs are {sorted(answer)}, the golden ones {sorted(golden)}"
         return Agreement(max_error=math.inf, problem=problem)
     found = [
-        _compare(f"output {name!r}", golden[name], answer[name], expected.atol[name], expected.rtol)
-        for name in golden
+        _compare(f"output {n!r}", golden[n], answer[n], expected.atol[n], expected.rtol[n])
+        for n in golden
     ]
     problems = [agreement.problem for agreement in found if agreement.problem]
     return Agreement(
@@ -185,8 +186,3 @@ def _last_run(
 def _fixed_batch(inputs: tuple[TensorSpec, ...]) -> int | None:
     first = inputs[0].shape[0] if inputs and inputs[0].shape else None
     return first if isinstance(first, int) else None
-
-
-def _largest(array: Array) -> float:
-    """Scale of the absolute tolerance: largest |value| of floats, 0 for exact whole numbers."""
-    return float(np.abs(array).max(initial=0.0)) if array.dtype.kind == "f" else 0.0

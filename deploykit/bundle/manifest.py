@@ -21,6 +21,7 @@ SCHEMA: Final = "deploykit.bundle/1"
 LARGEST_MANIFEST = 64 << 20
 GET_AGAIN = "get the bundle again from where it was made"
 
+Tolerance = Annotated[float, Field(ge=0)]
 Role = Literal["model", "record", "config", "golden", "evidence"]
 
 
@@ -74,9 +75,10 @@ class GoldenOutputs(Value):
 
     path: str
     batch_size: Annotated[int, Field(ge=1)]
-    atol: dict[str, Annotated[float, Field(ge=0)]]
-    """By output, in the unit of the output."""
-    rtol: Annotated[float, Field(ge=0)]
+    atol: dict[str, Tolerance]
+    """By output, in its unit; whole numbers must be equal."""
+    rtol: dict[str, Tolerance]
+    """By output."""
     max_error: float
     """Largest |difference| between two runs when the bundle was made."""
 

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import re
 from itertools import zip_longest
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from deploykit.bundle.manifest import Requirements
 from deploykit.environment import INT8_DOT_PRODUCT, Environment
 from deploykit.errors import InputError, UsageError, did_you_mean
-from deploykit.formats import onnx_file
+from deploykit.formats import onnx_file, onnx_portable
 from deploykit.values import Artifact, Value
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    import onnx
 
 
 class Runtime(Value):
@@ -38,9 +30,6 @@ ENGINE_RUNTIMES = frozenset({"tensorrt", "tensorrt-rtx"})
 
 KNOWN_OPSET, KNOWN_IR = 22, 10
 """Newest operator set and file format that the oldest supported runtimes take."""
-
-NO_OVERFLOW = 64
-"""Two products u8 * s8 fit in 16 bits, 2 * 255 * 64 <= 32767, for weights up to this magnitude."""
 
 
 def requirements(artifact: Artifact, backend: str, machine: Environment) -> Requirements:
@@ -118,7 +107,7 @@ def _native(artifact: Artifact, backend: str, machine: Environment) -> Requireme
 
 def _portable(artifact: Artifact, runtime: Runtime, machine: Environment) -> Requirements:
     model = onnx_file.read(artifact.path)
-    _check_portable(model, artifact.path)
+    onnx_portable.check(model, artifact.path)
     opset = onnx_file.opset(model)
     version = runtime.version
     if opset > KNOWN_OPSET or model.ir_version > KNOWN_IR:
@@ -128,47 +117,10 @@ def _portable(artifact: Artifact, runtime: Runtime, machine: Environment) -> Req
     measured_with_dot_product = set(INT8_DOT_PRODUCT) & set(machine.cpu_features)
     return Requirements(
         cpu_features_any=INT8_DOT_PRODUCT
-        if measured_with_dot_product and _overflows(model)
+        if measured_with_dot_product and onnx_portable.sums_overflow(model)
         else (),
         runtimes=runtime.distributions,
         version=version,
         match="at least",
         opset=opset,
-    )
-
-
-def _check_portable(model: onnx.ModelProto, path: Path) -> None:
-    """Refuse what is not one portable file. Raises InputError."""
-    import onnx
-
-    shell = onnx.load(path, load_external_data=False)
-    if any(onnx.external_data_helper.uses_external_data(t) for t in shell.graph.initializer):
-        raise InputError(
-            f"{path}: its weights lie in another file (ONNX external data)",
-            hint="save it as one file: onnx.save(onnx.load(path), new_path)",
-        )
-    if any(node.op_type == "EPContext" for node in model.graph.node):
-        raise InputError(
-            f"{path}: an EPContext node holds native code in a file that looks portable",
-            hint="package the model that it was compiled from",
-        )
-    if any(prop.key == "ort_config" for prop in model.metadata_props):
-        raise InputError(
-            f"{path}: its metadata sets session options ('ort_config')",
-            hint="remove the entry; the bundle says how the model is run",
-        )
-
-
-def _overflows(model: onnx.ModelProto) -> bool:
-    """Whether uint8 activations meet int8 weights whose products overflow 16-bit sums."""
-    from onnx import numpy_helper
-
-    tensors = {t.name: t for t in model.graph.initializer}
-    scaled = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
-    zeros = [numpy_helper.to_array(tensors[n.input[2]]) for n in scaled if n.input[2:]]
-    unsigned = len(zeros) < len(scaled) or any(zero.dtype == np.uint8 for zero in zeros)
-    weights = (numpy_helper.to_array(t) for t in tensors.values() if len(t.dims) > 1)
-    return unsigned and any(
-        w.dtype == np.int8 and np.abs(w.astype(np.int16)).max(initial=0) > NO_OVERFLOW
-        for w in weights
     )

@@ -41,6 +41,9 @@ class Verification(Value):
     golden_max_error: float | None
     """Over all engines that were run; None where none was."""
 
+    def __str__(self) -> str:
+        return "\n  ".join(("verified", *self.checks))
+
 
 def verify(path: Path, *, environment: Environment | None = None) -> Verification:
     """Check the manifest, every file, the machine, and the golden outputs of every engine.
@@ -97,7 +100,7 @@ def _golden_inputs(path: Path, bundle: Bundle) -> Feed:
 
 def _golden_outputs(path: Path, expected: GoldenOutputs) -> dict[str, Array]:
     found = golden.read_arrays(path / expected.path)
-    if set(found) != set(expected.atol):
+    if not set(found) == set(expected.atol) == set(expected.rtol):
         raise IntegrityError(
             f"{path / expected.path} does not hold the outputs {sorted(expected.atol)}",
             hint=manifest.GET_AGAIN,
@@ -169,11 +172,16 @@ def _differences(engine: Engine, machine: Environment) -> str:
     return f"{told}Evaluate the model on this machine, and package it again if it is good"
 
 
+def _unchecked(bundle: Bundle) -> str:
+    gpus = sorted({gpu for engine in bundle.engines for gpu in engine.requires.gpus})
+    return f"; its GPU is not checked (built for {', '.join(gpus)})" if gpus else ""
+
+
 def _sentences(bundle: Bundle, engines: tuple[EngineCheck, ...]) -> tuple[str, ...]:
     return (
         f"manifest is sound ({bundle.schema_})",
         f"{len(bundle.files)} files have their size and sha256, and there is nothing else",
-        "this machine meets what the engines require",
+        f"this machine meets what the engines require{_unchecked(bundle)}",
         *(
             f"{e.path}: golden inputs not run: {e.golden_not_run}"
             if e.golden_not_run

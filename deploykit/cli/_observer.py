@@ -33,6 +33,7 @@ class Terminal:
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         self._task: TaskID | None = None
         self._label, self._began = "", time.monotonic()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from deploykit._lazy import needs
-from deploykit.errors import InputError, StageError, UsageError, did_you_mean
+from deploykit.errors import InputError, StageError, UsageError
 from deploykit.layouts import triton_rules
 from deploykit.layouts.interface import Placed, Serving, batched
 from deploykit.layouts.triton_rules import Runtime, Served
@@ -42,7 +42,7 @@ def place(artifact: Artifact, *, backend: str, label: str, serving: Serving) -> 
     if backend not in RUNTIMES:
         raise UsageError(
             f"the triton layout does not serve {backend}",
-            hint=f"{did_you_mean(backend, RUNTIMES)}; or --layout plain",
+            hint=f"it serves {', '.join(RUNTIMES)}; or take --layout plain",
         )
     name = f"{serving.name}{label}"
     served = Served(

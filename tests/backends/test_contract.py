@@ -15,6 +15,9 @@ from deploykit.evaluation import collect
 from deploykit.session import Backend
 from deploykit.values import Artifact, SessionOptions
 
+of_onnx = pytest.mark.parametrize(
+    "runtime", [b for b in BACKENDS if "onnx" in b.formats], ids=lambda b: b.name
+)
 each = pytest.mark.parametrize("runtime", BACKENDS, ids=lambda b: b.name)
 
 
@@ -137,7 +140,9 @@ def test_says_why_it_is_unavailable(runtime: Backend) -> None:
     assert "is not installed: pip install" in told.stdout
 
 
-@pytest.mark.parametrize("runtime", [b for b in BACKENDS if "onnx" in b.formats], ids=lambda b: b.name)
+@pytest.mark.parametrize(
+    "runtime", [b for b in BACKENDS if "onnx" in b.formats], ids=lambda b: b.name
+)
 def test_shows_int8_where_int8_ran(
     runtime: Backend, model: Artifact, teacher_int8: Artifact, feed: dict[str, np.ndarray]
 ) -> None:
@@ -146,7 +151,9 @@ def test_shows_int8_where_int8_ran(
         assert session.placement(feed).precisions["int8"] >= 13  # every convolution
 
 
-@pytest.mark.parametrize("runtime", [b for b in BACKENDS if "onnx" in b.formats], ids=lambda b: b.name)
+@pytest.mark.parametrize(
+    "runtime", [b for b in BACKENDS if "onnx" in b.formats], ids=lambda b: b.name
+)
 def test_refuses_a_broken_model_as_bad_input(
     runtime: Backend, model: Artifact, tmp_path: object
 ) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_models import RNG_SEED, samples, save_linear
 
 from deploykit.bundle import PackageOptions, package
 from deploykit.dataset import Dataset
 from deploykit.values import Artifact
+from tests.bundle.small_models import RNG_SEED, samples, save_linear
 
 Edit = Callable[[dict[str, Any]], object]
 

@@ -13,7 +13,8 @@ import pytest
 import deploykit
 from deploykit.bundle import Bundle, Engine, FileEntry, Requirements, golden
 from deploykit.bundle.manifest import GoldenInputs, GoldenOutputs
-from deploykit.bundle.requirements import KNOWN_IR, KNOWN_OPSET, NO_OVERFLOW, RUNTIMES
+from deploykit.bundle.requirements import KNOWN_IR, KNOWN_OPSET, RUNTIMES
+from deploykit.formats.onnx_portable import NO_OVERFLOW
 from deploykit.values import Value
 
 TEXT = (Path(deploykit.__file__).parent / "BUNDLE_FORMAT.md").read_text()

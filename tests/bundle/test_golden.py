@@ -24,7 +24,9 @@ names = st.text(
 
 
 def within(atol: float, rtol: float = 0.0) -> GoldenOutputs:
-    return GoldenOutputs(path="g.npz", batch_size=1, atol={"y": atol}, rtol=rtol, max_error=0.0)
+    return GoldenOutputs(
+        path="g.npz", batch_size=1, atol={"y": atol}, rtol={"y": rtol}, max_error=0.0
+    )
 
 
 @example(feed={"x": np.array(0), "x.npy": np.array(1)})

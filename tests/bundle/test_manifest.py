@@ -58,7 +58,7 @@ def bundles(draw: st.DrawFn) -> Bundle:
             path=outputs,
             batch_size=draw(st.integers(1)),
             atol={draw(texts): draw(numbers)},
-            rtol=draw(numbers),
+            rtol={draw(texts): draw(numbers)},
             max_error=draw(numbers),
         )
         if runs

@@ -8,8 +8,8 @@ from typing import get_args
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto
 from pydantic import ValidationError
-from small_models import samples, save_engine, save_int8, save_linear
 
 from deploykit import _files
 from deploykit.bundle import PackagedModel, PackageOptions, golden, manifest, package, verify
@@ -18,6 +18,7 @@ from deploykit.errors import InputError, IntegrityError, MissingError, StageErro
 from deploykit.formats import open_model
 from deploykit.layouts import LAYOUTS
 from deploykit.values import Artifact, Preprocessing, StageRecord
+from tests.bundle.small_models import samples, save, save_engine, save_int8, save_linear
 
 PLAIN = PackageOptions()
 
@@ -76,6 +77,22 @@ def test_golden_outputs_are_the_packaged_engines_own(sound: Path, linear: Artifa
     np.testing.assert_array_equal(inputs["x"], first["x"])
     weights = onnx.numpy_helper.to_array(onnx.load(linear.path).graph.initializer[0])
     np.testing.assert_allclose(outputs["y"], first["x"] @ weights, rtol=1e-5)
+
+
+def test_floats_have_a_tolerance_by_their_range_and_labels_none(data: Dataset, tmp_path: Path):
+    graph = onnx.load(save_linear(tmp_path / "m.onnx").path).graph
+    graph.node.append(onnx.helper.make_node("ArgMax", ["y"], ["label"], axis=1, keepdims=0))
+    graph.output.append(onnx.helper.make_tensor_value_info("label", TensorProto.INT64, ["batch"]))
+    model = save(graph, tmp_path / "labels.onnx")
+    made = package([(model, "ort-cpu")], PLAIN, out=tmp_path / "bundle", data=data)
+    expected = made.engines[0].golden
+    assert expected is not None
+    outputs = golden.read_arrays(tmp_path / "bundle" / "golden_outputs.npz")
+    largest = float(np.abs(outputs["y"]).max())
+    assert expected.atol == {"y": pytest.approx(1e-4 * largest), "label": 0.0}
+    assert expected.rtol == {"y": 1e-4, "label": 0.0}
+    other = {**outputs, "label": outputs["label"] + (np.arange(8) == 3)}
+    assert "'label' differs in 1 of 8" in str(golden.compare(outputs, other, expected).problem)
 
 
 def test_packaging_twice_differs_in_the_time_only(linear: Artifact, data: Dataset, tmp_path: Path):

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
-from small_models import save, save_engine, save_int8, save_linear
 
 from deploykit import environment
 from deploykit.bundle import Requirements
@@ -15,6 +15,7 @@ from deploykit.bundle.requirements import RUNTIMES, mismatches, requirements
 from deploykit.errors import InputError, UsageError
 from deploykit.formats import open_model
 from deploykit.values import Artifact
+from tests.bundle.small_models import save, save_engine, save_int8, save_linear
 
 HERE = environment.read()
 VNNI = HERE.model_copy(update={"cpu_features": ("avx2", "avx512_vnni")})
@@ -53,6 +54,21 @@ class TestDotProduct:
 
     def test_not_where_it_was_measured_without(self, wide: Artifact):
         assert requirements(wide, "ort-cpu", AVX2).cpu_features_any == ()
+
+    def test_a_zero_point_that_is_left_out_is_uint8(self, wide: Artifact):
+        model = onnx.load(wide.path)
+        for node in model.graph.node:
+            if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[2][0] == "z":
+                del node.input[2]
+        assert requirements(save(model.graph, wide.path), "ort-cpu", VNNI).cpu_features_any
+
+    def test_not_by_signed_activations(self, wide: Artifact):
+        model = onnx.load(wide.path)
+        for tensor in model.graph.initializer:
+            if tensor.name.startswith("z"):
+                tensor.CopyFrom(onnx.numpy_helper.from_array(np.array(0, np.int8), tensor.name))
+        requires = requirements(save(model.graph, wide.path), "ort-cpu", VNNI)
+        assert requires.cpu_features_any == ()
 
     def test_not_by_a_float_model(self, linear: Artifact):
         assert requirements(linear, "ort-cpu", VNNI).cpu_features_any == ()

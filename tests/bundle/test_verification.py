@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_models import save_engine, save_linear
 
 from deploykit import _files, environment
 from deploykit.bundle import BundleError, PackageOptions, golden, package, verify
 from deploykit.dataset import Dataset
 from deploykit.errors import AnswerIsNo, InputError, IntegrityError, MissingError
+from tests.bundle.small_models import save_engine, save_linear
 
 Change = Callable[[Callable[[dict[str, Any]], object]], None]
 HERE = environment.read()
@@ -264,4 +264,5 @@ def test_an_engine_that_nothing_here_runs_is_told(data: Dataset, tmp_path: Path)
     found = verify(out, environment=gpu_host)
     assert found.golden_max_error is None
     assert found.engines[0].golden_not_run == "this version of deploykit runs no engine models"
+    assert "its GPU is not checked (built for sm90)" in found.checks[-2]
     assert "golden inputs not run" in found.checks[-1]

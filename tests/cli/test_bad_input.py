@@ -165,9 +165,7 @@ def test_a_factory_without_inputs(deploykit: Command, out: Path) -> None:
 
 
 def test_inputs_that_the_model_does_not_run_on(deploykit: Command, out: Path) -> None:
-    told = deploykit(
-        "export", FACTORY, "--input-shape", "images:1x3x28x28", "-o", out / "m.onnx"
-    )
+    told = deploykit("export", FACTORY, "--input-shape", "images:1x3x28x28", "-o", out / "m.onnx")
     assert told.code == 3
     assert "does not run on images: float32[batch, 3, 28, 28]" in told.lines[0]
 
@@ -210,9 +208,7 @@ def test_output_that_exists_is_kept_unless_forced(
 
 
 @pytest.mark.parametrize("ratio", ["0", "1", "1.5", "-0.1", "half"])
-def test_a_ratio_out_of_range(
-    deploykit: Command, out: Path, teacher: Artifact, ratio: str
-) -> None:
+def test_a_ratio_out_of_range(deploykit: Command, out: Path, teacher: Artifact, ratio: str) -> None:
     told = deploykit("prune", teacher.path, "--ratio", ratio, "-o", out / "p")
     assert told.code == 2
     assert "ratio" in told.lines[0]
@@ -260,7 +256,7 @@ def test_a_model_changed_behind_its_record(
 
 def test_a_read_only_folder(deploykit: Command, tmp_path: Path, teacher: Artifact) -> None:
     told = deploykit("prune", teacher.path, "--ratio", "0.3", "-o", "/proc/pruned")
-    assert told.code in (2, 6)
+    assert told.code == 2
     assert "/proc" in told.lines[0]
 
 

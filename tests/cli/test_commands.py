@@ -6,6 +6,7 @@ import importlib
 import json
 from pathlib import Path
 
+import click
 import pytest
 
 from deploykit.cli import COMMANDS
@@ -31,7 +32,7 @@ def test_the_help_names_every_command(deploykit: Command) -> None:
 def test_every_option_says_what_it_is() -> None:
     for name, (module, _) in COMMANDS.items():
         command = getattr(importlib.import_module(f"deploykit.cli.{module}"), f"{name}_command")
-        silent = [p.opts for p in command.params if hasattr(p, "help") and not p.help]
+        silent = [p.opts for p in command.params if isinstance(p, click.Option) and not p.help]
         assert not silent, (name, silent)
 
 
@@ -44,7 +45,8 @@ def test_from_torch_to_a_verified_bundle(
         ("prune", teacher.path, "--ratio", "0.25", "-o", pruned),
         ("export", pruned, "--data", EVALUATION, "-o", onnx),
         ("quantize", onnx, "--calibration-data", CALIBRATION, "-o", int8),
-        ("package", int8, "--data", CALIBRATION, "--name", "net", "--layout", "triton", "-o", bundle),
+        ("package", int8, "--data", CALIBRATION, "--name", "net", "--layout", "triton",
+         "-o", bundle),
         ("verify", bundle),
     ]  # fmt: skip
     for step in steps:
@@ -68,7 +70,7 @@ def test_evaluate_prints_one_document(
     )  # fmt: skip
     document = json.loads(told.out)
     assert document["schema"] == "deploykit.score/1"
-    assert document["score"]["low"] < document["score"]["value"] < document["score"]["high"]
+    assert document["score"]["low"] < document["score"]["value"] <= document["score"]["high"]
     assert document["score"]["value"] > 0.9
     assert document["samples"] == 512
 

@@ -36,6 +36,20 @@ def result(fake, vectors):
     return bench(candidates, FAST, data=vectors, worker=FAKE_WORKER)
 
 
+@pytest.fixture
+def started(monkeypatch) -> list[subprocess.Popen]:
+    """The processes that a run starts, in order."""
+    found = []
+    popen = subprocess.Popen
+
+    def spy(*arguments, **named):
+        found.append(popen(*arguments, **named))
+        return found[-1]
+
+    monkeypatch.setattr("deploykit.measure.child.subprocess.Popen", spy)
+    return found
+
+
 @pytest.mark.parametrize("kind", FATES)
 def test_what_went_wrong_is_the_reason_that_voids_a_measurement(result, kind):
     assert result.of(kind, 1).invalid.startswith(FATES[kind])
@@ -91,10 +105,19 @@ def test_a_run_says_where_its_numbers_come_from(result, vectors, tmp_path):
     assert read_result(tmp_path / "bench.json") == result
 
 
-def test_a_hang_is_stopped_and_costs_the_others_nothing(fake, vectors):
+def test_a_hang_is_stopped_at_once_and_costs_the_others_nothing(fake, vectors, started):
+    alive = []
+
+    def watch(what: str, done: int, steps: int) -> None:
+        if what.startswith("timing"):
+            alive.append([process.poll() is None for process in started])
+
     options = FAST.model_copy(update={"max_seconds": 6})
-    result = bench([fake("steady"), fake("hang")], options, data=vectors, worker=FAKE_WORKER)
+    result = bench(
+        [fake("steady"), fake("hang")], options, data=vectors, worker=FAKE_WORKER, progress=watch
+    )
     assert result.of("hang", 1).invalid == "no answer in 6.2 s"
+    assert alive == [[True, False, True]] * 15
     assert len(result.of("steady", 1).blocks_ns) == 15
 
 
@@ -145,19 +168,11 @@ def test_the_order_of_blocks_is_random_and_seeded(fake, vectors, monkeypatch):
     assert len({pair[0][1] for pair in rounds}) == 2
 
 
-def test_ctrl_c_ends_the_run_and_every_process(fake, vectors, monkeypatch):
-    started = []
-    popen = subprocess.Popen
-
-    def spy(*arguments, **named):
-        started.append(popen(*arguments, **named))
-        return started[-1]
-
+def test_ctrl_c_ends_the_run_and_every_process(fake, vectors, started):
     def interrupt(what: str, done: int, steps: int) -> None:
         if what.startswith("timing"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("deploykit.measure.child.subprocess.Popen", spy)
     with pytest.raises(KeyboardInterrupt):
         bench([fake("steady")], FAST, data=vectors, worker=FAKE_WORKER, progress=interrupt)
     assert [process.poll() for process in started] == [-9, -9]

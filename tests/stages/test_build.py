@@ -82,8 +82,10 @@ def test_without_tensorrt_it_says_what_to_install(teacher_onnx: Artifact, tmp_pa
     assert done.returncode == 4
     assert done.stderr.splitlines() == [
         "error: no engine can be built here: tensorrt and tensorrt-rtx are not installed",
-        "  fix: pip install 'deploykit[tensorrt-rtx]' (builds without a GPU), or "
-        "'deploykit[tensorrt]' with the vendor's package index on a GPU host",
+        (
+            "  fix: pip install 'deploykit[tensorrt-rtx]' (builds without a GPU), or "
+            "'deploykit[tensorrt]' with the vendor's package index on a GPU host"
+        ),
     ]
 
 

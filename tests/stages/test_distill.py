@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_models
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +20,7 @@ from deploykit.stages.distill import DistillOptions, distill, kd_loss, paced
 from deploykit.stages.prune import PruneOptions, prune
 from deploykit.stages.take import TakeOptions, take
 from deploykit.values import Array, Artifact, TensorSpec
+from tests.stages import small_models
 
 FACTORIES = Path(small_models.__file__)
 RNG = np.random.default_rng(0)

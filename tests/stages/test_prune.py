@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_models
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +17,7 @@ from deploykit.formats import torch_folder
 from deploykit.stages.prune import PruneOptions, kept_channels, prune
 from deploykit.stages.take import TakeOptions, take
 from deploykit.values import Artifact, TensorSpec, parse
+from tests.stages import small_models
 
 FACTORIES = Path(small_models.__file__)
 IMAGES = (("images", "float32", (3, 8, 8)),)

@@ -105,9 +105,12 @@ def _quantized(
     op_types = _op_types(options.op_types_to_quantize, chosen)
     left_out = excluded(model, options.nodes_to_exclude)
     batch = source.inputs[0].shape[0]
+    tensors = float_tensors(model, op_types)
+    if not tensors:
+        raise _nothing(0)
     ranges = observe(
         model,
-        float_tensors(model, op_types),
+        tensors,
         data,
         batch_size=batch if isinstance(batch, int) else options.calibration_batch_size,
         progress=progress,
@@ -115,10 +118,7 @@ def _quantized(
     result = _ort_quantizer.insert_qdq(model, ranges, chosen, op_types=op_types, left_out=left_out)
     facts = account(result, model, left_out)
     if not facts["compute_nodes_quantized"]:
-        raise AnswerIsNo(
-            f"0 of {facts['compute_nodes']} Conv, MatMul and Gemm nodes could be quantized",
-            hint="the work of this model lies in operators or subgraphs that stay in float",
-        )
+        raise _nothing(facts["compute_nodes"])
     return result, {
         **facts,
         "preset": chosen.model_dump(),
@@ -129,6 +129,13 @@ def _quantized(
         "huge_ranges": _huge(ranges),
         "ranges": {name: list(bounds) for name, bounds in ranges.items()},
     }
+
+
+def _nothing(nodes: int) -> AnswerIsNo:
+    return AnswerIsNo(
+        f"0 of {nodes} Conv, MatMul and Gemm nodes could be quantized",
+        hint="the work of this model lies in operators or subgraphs that stay in float",
+    )
 
 
 def _op_types(asked: tuple[str, ...], chosen: Preset) -> tuple[str, ...]:
