@@ -256,6 +256,7 @@ def _summarize(run: Run, result: BenchResult, verdict: Verdict) -> RunSummary:
         rows=tuple(rows),
         noise_floor=statistics.noise_floor(result, _latency_batch(result)),
         verdict=verdict,
+        environment=result.environment,
         comparable=result.options.preset != "quick",
     )
 

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field
 
 from deploykit import _files
+from deploykit.environment import Environment
 from deploykit.measure import BenchResult, statistics
 from deploykit.report import html
 from deploykit.values import Artifact, Interval, Measurement, Score, Value, Verdict
@@ -92,6 +93,7 @@ class RunSummary(Value):
     noise_floor: Interval
     """Speed-up of the baseline over itself in another process: less than this is noise."""
     verdict: Verdict
+    environment: Environment
     comparable: bool
     """Whether the times may be compared with another run's; a quick preset's may not."""
 
@@ -115,8 +117,8 @@ DASH = "-"
 """For a number that was not measured."""
 
 HEADER = (
-    "model", "runs on", "file", "ran as", "score", "size", "p50 ms", "p90 ms", "p99 ms",
-    "samples/s", "vs PyTorch", "vs FP32 ONNX",
+    "model", "runs on", "ran as", "score", "size", "p50 ms", "p90 ms", "p99 ms", "samples/s",
+    "vs PyTorch", "vs FP32 ONNX",
 )  # fmt: skip
 
 
@@ -127,7 +129,6 @@ def cells(row: Row, *, bounds: bool = True) -> tuple[str, ...]:
     return (
         row.name,
         row.backend,
-        row.precision,
         ran_as(row.ran),
         interval(row.score, 4, bounds=bounds),
         size(row.size_bytes),

@@ -26,14 +26,20 @@ def show_summary(summary: RunSummary, console: Console) -> None:
     """Print a run's table, its notes and its verdict."""
     from rich.table import Table
 
-    table = Table(*HEADER, box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in HEADER:
+        table.add_column(name, no_wrap=True)
     for row in summary.rows:
-        style = "bold green" if row.name == summary.verdict.ship else ""
-        fitting = row.backend == summary.target
-        table.add_row(*cells(row, bounds=True), style=style if fitting else "")
+        ships = row.name == summary.verdict.ship and row.backend == summary.target
+        table.add_row(*map(_two_lines, cells(row)), style="bold green" if ships else "")
     console.print(table)
     console.print(notes(summary))
     console.print(verdict_text(summary), style="bold")
+
+
+def _two_lines(cell: str) -> str:
+    """The interval under its value, so that the table stays narrow."""
+    return cell.replace(" [", "\n\\[").replace(", fp32", "\nfp32")
 
 
 def show(result: BenchResult, console: Console) -> None:

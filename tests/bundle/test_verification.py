@@ -247,6 +247,12 @@ class TestGolden:
         with pytest.raises(IntegrityError, match="does not hold 8 samples"):
             verify(bundle)
 
+    @pytest.mark.parametrize("kind", ["atol", "rtol"])
+    def test_a_tolerance_is_missing(self, edit: Change, bundle: Path, kind: str):
+        edit(lambda m: m["engines"][0]["golden"].update({kind: {}}))
+        with pytest.raises(IntegrityError, match="does not hold the outputs"):
+            verify(bundle)
+
     def test_outputs_of_another_name(self, bundle: Path):
         golden.write_arrays(bundle / "golden_outputs.npz", {"z": np.zeros((8, 4), np.float32)})
         relist(bundle, "golden_outputs.npz")

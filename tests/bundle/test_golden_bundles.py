@@ -1,0 +1,21 @@
+"""A bundle of every released format verifies for ever."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deploykit.bundle import verify
+from tests.conftest import ROOT
+
+BUNDLES = sorted((ROOT / "tests" / "golden").iterdir())
+
+
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda p: p.name)
+def test_a_bundle_of_an_earlier_release_verifies(bundle: Path) -> None:
+    assert "golden" in str(verify(bundle))
+
+
+def test_there_is_one_of_each_format() -> None:
+    assert [p.name for p in BUNDLES] == ["bundle-1"]
