@@ -11,7 +11,7 @@ from deploykit.values import Interval
 
 
 class Point(NamedTuple):
-    """One engine in the plot."""
+    """One engine in the plot; `name` is its row in the table."""
 
     name: str
     latency_ms: Interval
@@ -50,10 +50,17 @@ DARK, LIGHT = ("#e6e6e6", "#5ecf8a", "#7fb2ff"), ("#222222", "#14803c", "#2563c9
 """Colours of text, of the engine to ship, and of the others."""
 
 
+def _plain(value: float, position: int | None = None) -> str:
+    """A tick as people write it: 0.4, not 4 x 10^-1."""
+    del position
+    return f"{value:g}"
+
+
 def _plot(points: Sequence[Point], metric: str, *, dark: bool) -> str:
     """Score against median latency with both intervals, as SVG text."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     ink, accent, plain = DARK if dark else LIGHT
     figure = Figure(figsize=(7.5, 4.2), facecolor="none")
@@ -72,10 +79,12 @@ def _plot(points: Sequence[Point], metric: str, *, dark: bool) -> str:
             elinewidth=0.8,
         )
         axes.annotate(
-            point.name, (x.value, y.value), xytext=(6, 5), textcoords="offset points",
-            fontsize=7, color=ink,
+            point.name, (x.value, y.value), xytext=(5, 5), textcoords="offset points",
+            fontsize=9, color=ink,
         )  # fmt: skip
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+    axes.xaxis.set_minor_formatter(FuncFormatter(_plain))
     axes.set_xlabel("median latency, ms (log)", color=ink)
     axes.set_ylabel(metric, color=ink)
     axes.tick_params(colors=ink, which="both")

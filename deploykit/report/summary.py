@@ -172,6 +172,10 @@ def describe(artifact: Artifact) -> str:
     return ", ".join(told)
 
 
+def _ships(row: Row, summary: RunSummary) -> bool:
+    return row.name == summary.verdict.ship and row.backend == summary.target
+
+
 def markdown(summary: RunSummary) -> str:
     """The summary as a Markdown document."""
     lines = [f"# {summary.recipe}", "", verdict_text(summary), "", notes(summary), ""]
@@ -224,9 +228,9 @@ def write(summary: RunSummary, result: BenchResult, out: Path) -> None:
         header=HEADER,
         rows=[cells(row) for row in summary.rows],
         points=[
-            html.Point(f"{r.name} @ {r.backend}", r.p50_ms, r.score, r.name == summary.verdict.ship)
-            for r in summary.rows
-            if r.p50_ms
+            html.Point(str(number), row.p50_ms, row.score, _ships(row, summary))
+            for number, row in enumerate(summary.rows, 1)
+            if row.p50_ms
         ],
         metric=summary.metric,
         environment=result.environment,
