@@ -83,7 +83,7 @@ def _call(metric: str, outputs: Outputs, targets: Array | None, reference: Outpu
     except Exception as error:
         raise InputError(
             f"the metric {metric} raises {type(error).__name__}: {error}",
-            hint="it is called with (outputs, targets, reference) and returns a number",
+            hint="it is called with (outputs, target, reference) and returns a number",
         ) from error
     if not np.isfinite(value):
         raise InputError(f"the metric {metric} gives {value}", hint="return a finite number")

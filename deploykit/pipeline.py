@@ -183,7 +183,12 @@ def _engine(name: str, backend: str) -> str:
 def _leaves(run: Run) -> tuple[Candidate, ...]:
     """What is benched: the float ONNX model first (the baseline), then all other ends."""
     made = [
-        Candidate(name=_engine(name, backend), artifact=run.artifacts[name], backend=backend)
+        Candidate(
+            name=_engine(name, backend),
+            artifact=run.artifacts[name],
+            backend=backend,
+            family=name.split(".")[0],  # a student need not agree with its teacher
+        )
         for name, backend in run.scores
         if run.artifacts[name].format != "torch" or name == MODEL
     ]

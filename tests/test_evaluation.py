@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -13,11 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
-from deploykit import evaluation
 from deploykit.backends import open_session
 from deploykit.dataset import Dataset, open_dataset
 from deploykit.errors import InputError, UsageError
-from deploykit.evaluation import collect, compare, evaluate
+from deploykit.evaluation import _padded, collect, compare, evaluate
 from deploykit.formats import open_model
 from deploykit.session import Session
 from deploykit.values import Array, Artifact
@@ -101,8 +99,8 @@ def test_outputs_are_those_of_all_samples_at_any_batch_size(
 
 
 def test_a_fixed_batch_is_filled_with_the_last_sample() -> None:
-    assert evaluation._padded(np.arange(3), 5).tolist() == [0, 1, 2, 2, 2]
-    assert evaluation._padded(np.arange(3), 3).tolist() == [0, 1, 2]
+    assert _padded(np.arange(3), 5).tolist() == [0, 1, 2, 2, 2]
+    assert _padded(np.arange(3), 3).tolist() == [0, 1, 2]
 
 
 def test_progress_is_told_in_samples(opened: Sized, data: Dataset) -> None:
@@ -220,14 +218,10 @@ def test_outputs_of_other_names_are_not_compared(opened: Sized, data: Dataset) -
 # --- the trained model
 
 
-def test_the_teacher_scores_as_numpy_says(teacher_onnx: Artifact, evaluation_200: Any) -> None:
-    with open_session(teacher_onnx) as session:
-        outputs, targets = collect(session, evaluation_200)
-        found = evaluate(session, evaluation_200, "top1")
+def test_the_teacher_scores_as_numpy_says(teacher: Artifact, evaluation: Dataset) -> None:
+    some = evaluation.first(200)
+    with open_session(teacher) as session:
+        outputs, targets = collect(session, some)
+        found = evaluate(session, some, "top1")
     assert found.score.value == (outputs["logits"].argmax(1) == targets).mean() > 0.9
     assert found.score.low < found.score.value < found.score.high
-
-
-@pytest.fixture
-def evaluation_200(evaluation: Dataset) -> Dataset:
-    return evaluation.first(200)

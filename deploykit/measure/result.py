@@ -40,6 +40,8 @@ class Candidate(Value):
     name: str
     artifact: Artifact
     backend: str
+    family: str = ""
+    """Models that should agree: outputs are held against the first candidate of the family."""
 
 
 class BenchOptions(Value):

@@ -115,7 +115,7 @@ class _Run:
                 lane.open(pool)
             for lane in lanes:
                 self._step(f"warming up {lane.label}")
-                lane.compare(lanes[0])
+                lane.compare(next(o for o in lanes if o.candidate.family == lane.candidate.family))
                 lane.warm_up()
             self._time(lanes)
             for lane in lanes:
