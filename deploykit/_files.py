@@ -7,6 +7,7 @@ import errno
 import glob
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -93,12 +94,24 @@ def staged(out: Path) -> Iterator[Path]:
         _sync(temporary)
         _replace(temporary, out)
         _sync_folder(out.absolute().parent)
-    except OSError as error:
-        if error.errno in _FULL:
-            raise _unwritable(out, error) from error
+    except Exception as error:
+        if full := _full(error):
+            raise _unwritable(out, full) from error
         raise
     finally:
         remove(temporary)
+
+
+def _full(error: BaseException | None) -> OSError | None:
+    """The full disk behind an error, if there is one; libraries wrap it in words of their own."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return error
+        told = re.search(r"\bos error (\d+)\b", str(error))
+        if told and int(told[1]) in _FULL:
+            return OSError(int(told[1]), os.strerror(int(told[1])))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def write_text(path: Path, text: str) -> None:

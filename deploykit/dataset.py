@@ -122,6 +122,11 @@ class Dataset:
         return feed
 
 
+def padded(array: Array, size: int) -> Array:
+    """Repeat the last sample until there are `size`, for a model of fixed batch."""
+    return np.concatenate([array, np.repeat(array[-1:], size - len(array), 0)])
+
+
 def open_dataset(reference: str | Path) -> Dataset:
     """Open data by its reference. Raises InputError: it is missing, empty, torn or of no kind."""
     text = str(reference)

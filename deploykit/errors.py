@@ -64,6 +64,10 @@ class AnswerIsNo(DeploykitError):  # noqa: N818 - not a failure: the work is don
     exit_code = ANSWER_IS_NO
 
 
+class NotWorthIt(AnswerIsNo):
+    """A whole run ended with its summary written, and no engine passes the gates."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return "did you mean 'x'?" for a near miss, else the list of what is known."""
     names = sorted(known)

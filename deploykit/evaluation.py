@@ -9,7 +9,7 @@ import numpy as np
 
 from deploykit import metrics
 from deploykit._code import load_function, split_reference
-from deploykit.dataset import Dataset
+from deploykit.dataset import Dataset, padded
 from deploykit.errors import InputError
 from deploykit.session import Session
 from deploykit.values import Array, Difference, Interval, Score
@@ -35,8 +35,8 @@ def collect(
     done = 0
     for feed, target in bound.batches(size):
         count = len(next(iter(feed.values())))
-        padded = feed if isinstance(fixed, str) else {n: _padded(a, size) for n, a in feed.items()}
-        for name, array in session.run(padded).items():
+        fed = feed if isinstance(fixed, str) else {n: padded(a, size) for n, a in feed.items()}
+        for name, array in session.run(fed).items():
             outputs[name].append(array[:count])
         if target is not None:
             targets.append(target)
@@ -45,10 +45,6 @@ def collect(
             progress(done, len(bound))
     stacked = {name: np.concatenate(parts) for name, parts in outputs.items()}
     return stacked, np.concatenate(targets) if targets else None
-
-
-def _padded(array: Array, size: int) -> Array:
-    return np.concatenate([array, np.repeat(array[-1:], size - len(array), 0)])
 
 
 def evaluate(

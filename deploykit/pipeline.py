@@ -8,9 +8,9 @@ from typing import Protocol
 
 from deploykit import _files, backends, evaluation, metrics, store
 from deploykit._code import split_reference
-from deploykit.bundle import Bundle, PackagedModel, package
+from deploykit.bundle import Bundle, PackagedModel, inventory, manifest, package
 from deploykit.environment import read as read_environment
-from deploykit.errors import AnswerIsNo, InputError, IntegrityError, UsageError
+from deploykit.errors import DeploykitError, InputError, IntegrityError, NotWorthIt, UsageError
 from deploykit.evaluation import Outputs
 from deploykit.measure import BenchOptions, BenchResult, Candidate, bench, statistics
 from deploykit.plan import FLOAT, MODEL, Step, data, plan
@@ -21,6 +21,8 @@ from deploykit.values import Artifact, Score, SessionOptions, StageRecord, Verdi
 from deploykit.verdict import Contender, Limits, decide
 
 MARKER = "deploykit-run.json"
+MAX_SHARED = 0.01
+"""Share of evaluation samples known before; public data sets hold a few duplicates."""
 
 
 class Observer(Protocol):
@@ -72,7 +74,7 @@ def run(
     """Make, evaluate and bench every artifact of the recipe, decide, and package the winner.
 
     What an earlier run into `out` made from the same inputs, options and versions is taken as it
-    is. Raises UsageError: `out` is in the way. AnswerIsNo: no engine passes both gates; the
+    is. Raises UsageError: `out` is in the way. NotWorthIt: no engine passes both gates; the
     summary is written all the same.
     """
     state = Run(recipe, out, observer or _Silent())
@@ -81,6 +83,7 @@ def run(
             f"`run` measures on the target, and {state.target} models do not run here",
             hint="take the target ort-cpu or openvino; use `quantize` and `build` for TensorRT",
         )
+    _check_apart(recipe)
     _claim(out, force=force)
     for step in plan(recipe):
         _make(state, step)
@@ -90,9 +93,21 @@ def run(
     summary.write(made, result, out)
     if verdict.ship is None:
         _files.remove(out / "bundle")  # an earlier run's engine is not this one's answer
-        raise AnswerIsNo(f"not worth it: {verdict.reason}", hint=f"all numbers are in {out}")
+        raise NotWorthIt(f"not worth it: {verdict.reason}", hint=f"all numbers are in {out}")
     _package(state, verdict.ship, made)
     return made
+
+
+def _check_apart(recipe: Recipe) -> None:
+    """Refuse to score on the samples that were calibrated or trained on. Raises InputError."""
+    evaluated = data(recipe, "evaluation").sample_digests()
+    for role in ("calibration", "train") if recipe.data.train else ("calibration",):
+        shared = len(evaluated & data(recipe, role).sample_digests())
+        if shared > MAX_SHARED * len(evaluated):
+            raise InputError(
+                f"{shared} of {len(evaluated)} evaluation samples are in the {role} data too",
+                hint="hold samples back for evaluation: a score on known samples says nothing",
+            )
 
 
 def _claim(out: Path, *, force: bool) -> None:
@@ -218,7 +233,7 @@ def _bench(run: Run) -> BenchResult:
             progress=lambda text, done, total: run.observer.progress(done, total, text),
         )
 
-    run.observer.step("bench", f"{len(candidates)} engines, each in its own process")
+    run.observer.step("bench", f"{len(candidates)} engines")
     result, cached = store.remember(run.out / "bench.json", key, BenchResult, make)
     floor = statistics.noise_floor(result, _latency_batch(result))
     run.observer.done(f"noise floor {summary.interval(floor, 3, 'x')}", cached=cached)
@@ -290,7 +305,16 @@ def _package(run: Run, name: str, made: RunSummary) -> None:
 
     run.observer.step("bundle", "package")
     memory = run.out / "work" / "bundle.json"
-    if not out.exists():
+    if not _is_whole(out):
         _files.remove(memory)
+        _files.remove(out)
     bundle, cached = store.remember(memory, key, Bundle, make)
     run.observer.done(f"{len(bundle.files)} files in {out}", cached=cached)
+
+
+def _is_whole(bundle: Path) -> bool:
+    try:
+        inventory.check(bundle, manifest.read(bundle))
+    except DeploykitError:
+        return False
+    return True

@@ -72,7 +72,10 @@ def describe(recipe: Recipe) -> list[tuple[str, str]]:
     bench, gates = recipe.bench, recipe.gates
     sizes = ", ".join(map(str, bench.batch_sizes))
     told.append(("bench", f"{bench.preset}, batch {sizes}, on {', '.join(bench.backends)}"))
-    limits = f"{gates.metric} drop <= {gates.max_drop}, speed-up > {gates.min_speedup}"
+    limits = (
+        f"{gates.metric} drop <= {gates.max_drop}, "
+        f"speed-up > {gates.min_speedup} and beyond the noise floor"
+    )
     return [*told, ("verdict", limits), ("bundle", f"layout {recipe.package.layout}")]
 
 
@@ -95,7 +98,7 @@ def _take(recipe: Recipe, artifacts: Artifacts, out: Path, progress: Progress) -
         factory=str(source.factory),
         arguments=source.arguments,
         weights=Path(source.weights) if source.weights else None,
-        inputs=source.inputs,
+        inputs=source.inputs or data(recipe, "calibration").specs(),
         outputs=source.outputs,
     )
     return take(options, out=out, force=True)

@@ -32,14 +32,13 @@ class ModelSource(Value):
     arguments: Json = {}
     weights: str | None = None
     inputs: tuple[TensorSpec, ...] = ()
+    """In the order of the factory's `forward`; by default the arrays of the calibration data."""
     outputs: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSource:
         if (self.path is None) == (self.factory is None):
             raise ValueError("give either 'path' or 'factory'")
-        if self.factory and not self.inputs:
-            raise ValueError("a model made by a factory needs 'inputs'")
         for spec in self.inputs:
             _one_of(spec.dtype, DTYPES)
         return self

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from deploykit.backends import open_session
-from deploykit.dataset import Dataset, open_dataset
+from deploykit.dataset import Dataset, open_dataset, padded
 from deploykit.errors import InputError, UsageError
-from deploykit.evaluation import _padded, collect, compare, evaluate
+from deploykit.evaluation import collect, compare, evaluate
 from deploykit.formats import open_model
 from deploykit.session import Session
 from deploykit.values import Array, Artifact
@@ -99,8 +99,8 @@ def test_outputs_are_those_of_all_samples_at_any_batch_size(
 
 
 def test_a_fixed_batch_is_filled_with_the_last_sample() -> None:
-    assert _padded(np.arange(3), 5).tolist() == [0, 1, 2, 2, 2]
-    assert _padded(np.arange(3), 3).tolist() == [0, 1, 2]
+    assert padded(np.arange(3), 5).tolist() == [0, 1, 2, 2, 2]
+    assert padded(np.arange(3), 3).tolist() == [0, 1, 2]
 
 
 def test_progress_is_told_in_samples(opened: Sized, data: Dataset) -> None:

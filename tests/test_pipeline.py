@@ -128,7 +128,7 @@ def test_a_changed_option_repeats_only_what_depends_on_it(
         "distilled.int8.onnx: quantize",
         "distilled.int8.onnx: evaluate on ort-cpu",
         "distilled.int8.onnx: evaluate on openvino",
-        "bench: 9 engines, each in its own process",
+        "bench: 9 engines",
         "bundle: package",
     }
 
@@ -152,6 +152,16 @@ def test_a_torn_result_is_made_again(recipe: Recipe, out: Path, tmp_path: Path) 
     run(recipe, out=copy, observer=watcher)
     assert "model.int8.onnx: quantize" in watcher.worked
     assert victim.stat().st_size > 1000
+
+
+def test_a_damaged_bundle_is_packed_again(recipe: Recipe, out: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "out"
+    shutil.copytree(out, copy)
+    (copy / "bundle" / "golden_inputs.npz").write_bytes(b"torn")
+    watcher = Watcher()
+    run(recipe, out=copy, observer=watcher)
+    assert watcher.worked == {"bundle: package"}
+    verify(copy / "bundle")
 
 
 def test_a_foreign_folder_is_not_written_into(recipe: Recipe, tmp_path: Path) -> None:

@@ -101,6 +101,19 @@ def model(reference: str, given: dict[str, Any], data: Dataset | None = None) ->
     return take(options, out=Path(folder) / split_reference(reference)[1])
 
 
+def on_disk(reference: str) -> Artifact:
+    """Open a model that is compared with; a factory would bring weights of its own making.
+
+    Raises UsageError: it is a factory.
+    """
+    if is_factory(reference):
+        raise UsageError(
+            f"{reference} is a factory, and a model to compare with needs its trained weights",
+            hint="write it to disk first: deploykit export FACTORY --weights FILE -o m.onnx",
+        )
+    return open_model(reference)
+
+
 def _inputs(reference: str, given: dict[str, Any], data: Dataset | None) -> tuple[TensorSpec, ...]:
     shapes, axes = given.get("input_shapes", ()), given.get("dynamic_axes", ())
     specs = parse_inputs(shapes, axes)

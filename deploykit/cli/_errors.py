@@ -11,6 +11,7 @@ from types import FrameType
 import click
 
 from deploykit.errors import (
+    ANSWER_IS_NO,
     INTERRUPTED,
     RESOURCE,
     UNEXPECTED,
@@ -40,7 +41,9 @@ def call(command: click.Command, args: Sequence[str] | None = None) -> int:
 def _report(error: Exception) -> int:
     """Two lines for any error, and its exit code."""
     fact, hint, code = _explained(error)
-    if fact:
+    if code == ANSWER_IS_NO:
+        _say(fact, hint, labels=("no", "see"))
+    elif fact:
         _say(fact, hint)
     return code
 
@@ -78,9 +81,9 @@ def unknown_command(name: str, known: Iterable[str]) -> UsageError:
     return UsageError(f"unknown command {name!r}", hint=did_you_mean(name, known))
 
 
-def _say(fact: str, hint: str) -> None:
-    click.echo(f"error: {' '.join(fact.split())}", err=True)
-    click.echo(f"  fix: {' '.join(hint.split())}", err=True)
+def _say(fact: str, hint: str, labels: tuple[str, str] = ("error", "fix")) -> None:
+    for label, text in zip(labels, (fact, hint), strict=True):
+        click.echo(f"{label:>5}: {' '.join(text.split())}", err=True)
 
 
 def _first_line(error: Exception) -> str:

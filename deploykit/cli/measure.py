@@ -51,9 +51,7 @@ def evaluate_command(  # noqa: PLR0913 - one parameter an option
     with Terminal() as terminal:
         if reference:
             terminal.step(reference, "run the reference")
-            with backends.open_session(
-                _common.model(reference, {}, opened), None, options
-            ) as session:
+            with backends.open_session(_common.on_disk(reference), None, options) as session:
                 outputs, _ = collect(session, opened, progress=terminal.progress)
         terminal.step(model, "evaluate")
         with backends.open_session(artifact, backend, options) as session:
@@ -74,10 +72,8 @@ def compare_command(reference: str, candidate: str, *, as_json: bool, **given: A
     """Compare outputs."""
     opened, options = _common.required_data(given["data"]), _session_options(given["threads"])
     with (
-        backends.open_session(_common.model(reference, {}, opened), None, options) as one,
-        backends.open_session(
-            _common.model(candidate, {}, opened), given["backend"], options
-        ) as other,
+        backends.open_session(_common.on_disk(reference), None, options) as one,
+        backends.open_session(_common.on_disk(candidate), given["backend"], options) as other,
     ):
         found = compare(one, other, opened)
     lines = [
@@ -120,7 +116,7 @@ def bench_command(
         _files.check_free(output, force=force)
     candidates = _candidates(models, names, given, opened)
     with Terminal() as terminal:
-        terminal.step("bench", f"{len(candidates)} engines, each in its own process")
+        terminal.step("bench", f"{len(candidates)} engines")
         result = bench(
             candidates,
             options,

@@ -9,7 +9,7 @@ import click
 from deploykit.cli import COMMANDS, _common
 from deploykit.cli._observer import Terminal
 from deploykit.cli.measure import console_for_stdout
-from deploykit.errors import AnswerIsNo
+from deploykit.errors import NotWorthIt
 from deploykit.pipeline import run
 from deploykit.plan import describe
 from deploykit.recipe import read_recipe
@@ -39,9 +39,8 @@ def run_command(
     try:
         with Terminal() as terminal:
             run(read, out=output, observer=terminal, force=force)
-    except AnswerIsNo:
-        if (output / "summary.json").exists():
-            _show(output, as_json=as_json)
+    except NotWorthIt:
+        _show(output, as_json=as_json)
         raise
     _show(output, as_json=as_json)
 

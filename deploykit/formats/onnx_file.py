@@ -45,9 +45,9 @@ def open_file(path: Path) -> Artifact:
     try:
         return Artifact(
             path=path, format="onnx", precision=precision(model),
-            inputs=inputs(model), outputs=outputs(model), sha256=store.digest(path),
+            inputs=inputs(model), outputs=outputs(model), sha256=_digest(path),
         )  # fmt: skip
-    except ValueError as error:  # names that are no text, negative dimensions
+    except ValueError as error:  # names that are no text
         raise InputError(f"{path}: broken ONNX model: {_line(error)}", hint=MAKE_AGAIN) from error
 
 
@@ -94,16 +94,30 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     import onnx
 
     tensor = value.type.tensor_type
-    if not tensor.elem_type:
+    if tensor.elem_type not in onnx.helper.get_all_tensor_dtypes():
         raise InputError(
-            f"{value.name!r} is no tensor", hint="deploykit takes models of dense tensors"
+            f"{value.name!r} is no tensor of a dtype that is known here",
+            hint="deploykit takes models of dense tensors",
         )
     shape = tuple(
-        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or f"{value.name}_{axis}"
+        dim.dim_value
+        if dim.HasField("dim_value") and dim.dim_value >= 0  # -1 is some tools' word for dynamic
+        else dim.dim_param or f"{value.name}_{axis}"
         for axis, dim in enumerate(tensor.shape.dim)
     )
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name
     return TensorSpec(name=value.name, dtype=dtype, shape=shape)
+
+
+def _digest(path: Path) -> str:
+    """sha256 of the file, or of it and the files that hold its weights, if there are any."""
+    import onnx
+
+    digests = {"": store.digest(path)}
+    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+        places = (e.value for e in tensor.external_data if e.key == "location")
+        digests |= {place: store.digest(path.parent / place) for place in places}
+    return store.digest_of(digests) if len(digests) > 1 else digests[""]
 
 
 def _line(error: Exception) -> str:

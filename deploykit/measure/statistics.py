@@ -19,6 +19,7 @@ from deploykit.values import Array, Interval, Measurement, Value
 SEED = 0
 """Of the bootstrap: the same times give the same interval."""
 RESAMPLES, QUANTILE_RESAMPLES = 9999, 999
+DRIFT_WINDOWS = 18
 
 Claim = Literal["faster", "slower", "no difference"]
 Statistic = Callable[[Array], Array]
@@ -132,16 +133,20 @@ def compare_speed(result: BenchResult, name: str, batch_size: int) -> Comparison
 def drift(medians: Sequence[int]) -> tuple[float, float] | None:
     """First and last level of window medians that still move one way at the end, or None.
 
-    Thirds of the later half must step in one direction, 5 % each and 20 % together: noise has no
-    direction, and the one step of a busy neighbour is no drift.
+    The thirds of the later half must step in one direction, 5 % each and 20 % together, and their
+    middle halves must not overlap: noise has no direction, and the one step of a busy neighbour is
+    no drift. Fewer than DRIFT_WINDOWS in that half tell nothing.
     """
-    late = np.array(medians[len(medians) // 2 :], dtype=np.float64)
-    if len(late) < 9:
+    late = np.log(medians[len(medians) // 2 :])
+    if len(late) < DRIFT_WINDOWS:
         return None
-    levels = [float(np.median(third)) for third in np.array_split(late, 3)]
-    steps = np.diff(np.log(levels))
-    one_way = (steps > log(1.05)).all() or (steps < -log(1.05)).all()
-    return (levels[0], levels[2]) if one_way and abs(steps.sum()) > log(1.2) else None
+    low, level, high = np.transpose(
+        [np.quantile(third, (0.25, 0.5, 0.75)) for third in np.array_split(late, 3)]
+    )
+    steps = np.diff(level)
+    up = (steps > log(1.05)).all() and (low[1:] > high[:-1]).all()
+    down = (steps < -log(1.05)).all() and (high[1:] < low[:-1]).all()
+    return (exp(level[0]), exp(level[2])) if (up or down) and abs(steps.sum()) > log(1.2) else None
 
 
 def _blocks(measurement: Measurement) -> list[Array]:

@@ -117,7 +117,7 @@ DASH = "-"
 """For a number that was not measured."""
 
 HEADER = (
-    "model", "runs on", "ran as", "score", "size", "p50 ms", "p90 ms", "p99 ms", "samples/s",
+    "model", "runs on", "nodes ran as", "score", "size", "p50 ms", "p90 ms", "p99 ms", "samples/s",
     "vs PyTorch", "vs FP32 ONNX",
 )  # fmt: skip
 
@@ -165,7 +165,7 @@ def describe(artifact: Artifact) -> str:
     for key, text in (
         ("parameters_after", "{:,} parameters"),
         ("compute_nodes_quantized", "{} compute nodes quantized"),
-        ("largest_relative_difference", "differs from PyTorch by {:.0e}"),
+        ("largest_relative_difference", "differs from PyTorch by {:.0e} of the largest output"),
     ):
         if key in facts:
             told.append(text.format(facts[key]))
@@ -195,9 +195,10 @@ def verdict_text(summary: RunSummary) -> str:
         return f"Not worth it: {verdict.reason}."
     drop, gain = (g for g in verdict.gates if g.engine == verdict.ship)
     return (
-        f"Ship {verdict.ship} on {summary.target}: "
+        f"Ship {verdict.ship} on {summary.target}, the recipe's target: "
         f"{summary.metric} drop {interval(drop.value, 4)} (allowed {drop.limit:.4f}), "
-        f"{interval(gain.value, 2, 'x')} as fast as FP32 ONNX (needed above {gain.limit:.2f}x)."
+        f"{interval(gain.value, 2, 'x')} as fast as FP32 ONNX (needed above {gain.limit:.2f}x: "
+        f"the larger of the recipe's limit and the noise floor)."
     )
 
 

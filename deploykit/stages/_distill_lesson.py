@@ -1,4 +1,4 @@
-"""What a student learns from: the data in memory, its checks, and its augmentation."""
+"""What a student learns from: models, and the data in memory with its checks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from deploykit.values import Array, Artifact, TensorSpec
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-SHIFT = 2
-"""Largest shift of an augmented image, in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,29 +127,3 @@ def check(pupil: Model, master: Model, lesson: Lesson) -> None:
             f"the label {min(unknown)} is no class of a model with {shapes[0][1]} outputs",
             hint="number the classes from 0",
         )
-
-
-def check_images(data: Dataset) -> None:
-    """Raise UsageError unless the model takes images and nothing else."""
-    if len(data.inputs) != 1 or len(data.inputs[0].shape) != 4:
-        raise UsageError(
-            "augmentation is for a single input [sample, channel, height, width]; "
-            f"the model takes {', '.join(map(str, data.inputs))}",
-            hint="set augment to 'none'",
-        )
-
-
-def augmented(batch: Lesson, rng: torch.Generator) -> Lesson:
-    """Mirror half of the images and shift each; its edge is repeated where a gap opens."""
-    import torch
-    from torch.nn import functional
-
-    ((name, images),) = batch.inputs.items()
-    count, _, height, width = images.shape
-    mirrored = torch.rand(count, 1, 1, 1, generator=rng) < 0.5
-    images = torch.where(mirrored, images.flip(3), images)
-    padded = functional.pad(images, (SHIFT,) * 4, mode="replicate")
-    y, x = torch.randint(0, 2 * SHIFT + 1, (2, count, 1, 1), generator=rng)
-    rows, columns = y + torch.arange(height)[:, None], x + torch.arange(width)
-    moved = padded[torch.arange(count)[:, None, None], :, rows, columns]
-    return Lesson({name: moved.permute(0, 3, 1, 2)}, batch.target)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field
@@ -21,9 +21,7 @@ from deploykit.stages._distill_lesson import (
     Lesson,
     Model,
     arrange,
-    augmented,
     check,
-    check_images,
     opened,
     read,
 )
@@ -53,11 +51,7 @@ class DistillOptions(Value):
     )
     batch_size: int = Field(default=128, ge=1, description="samples in a step")
     weight_decay: float = Field(default=5e-4, ge=0, description="L2 penalty on all parameters")
-    augment: Literal["none", "flip-shift"] = Field(
-        default="none",
-        description="flip-shift: half of the images mirrored, all shifted by up to 2 pixels",
-    )
-    seed: int = Field(default=0, ge=0, description="of the order of the data and of augmentation")
+    seed: int = Field(default=0, ge=0, description="of the order of the data and of dropout")
     threads: int | None = Field(
         default=None, ge=1, description="processor threads; all allowed cores by default"
     )
@@ -76,8 +70,8 @@ def distill(  # noqa: PLR0913 - a teacher and data beside what every stage takes
     """Train the weights of `student` to give what `teacher` gives on `data`; its shape stays.
 
     Raises InputError: a model is no torch artifact, the data does not fit, or the outputs of the
-    two differ in shape. UsageError: no labels and alpha below 1, or augmentation without images.
-    StageError: the loss is no longer finite.
+    two differ in shape. UsageError: no labels, and alpha below 1. StageError: the loss is no longer
+    finite.
     """
     for role, model in (("student", student), ("teacher", teacher)):
         if model.format != "torch":
@@ -87,8 +81,6 @@ def distill(  # noqa: PLR0913 - a teacher and data beside what every stage takes
             )
         data.matching(model.inputs)
     bound = data.matching(student.inputs)
-    if options.augment != "none":
-        check_images(bound)
 
     def work(folder: Path) -> Made:
         import torch
@@ -200,7 +192,6 @@ def _train(
                 hint=f"lower the learning rate ({options.learning_rate})",
             )
         progress(len(losses), total, f"epoch {epoch + 1}, loss {losses[-1]:.3f}")
-    pupil.module.eval()
     by_epoch = (options.epochs, steps)
     return {
         "loss_per_epoch": np.reshape(losses, by_epoch).mean(1).round(6).tolist(),
@@ -214,24 +205,19 @@ def _train(
 def _batches(
     lesson: Lesson, master: Model, options: DistillOptions, size: int
 ) -> Iterator[tuple[int, Lesson, torch.Tensor]]:
-    """Epoch, batch and the teacher's logits; each epoch in a new order.
+    """Epoch, batch and the teacher's logits: each epoch in a new order, the teacher runs once.
 
-    What does not fill a batch is left out. Without augmentation the teacher runs once.
+    What does not fill a batch is left out of its epoch.
     """
     import torch
 
     rng = torch.Generator().manual_seed(options.seed)
-    known = master.all_logits(lesson, size) if options.augment == "none" else None
+    soft = master.all_logits(lesson, size)
     for epoch in range(options.epochs):
         order = torch.randperm(len(lesson), generator=rng)
         for start in range(0, len(lesson) - size + 1, size):
             rows = order[start : start + size]
-            batch = lesson.rows(rows)
-            if known is not None:
-                yield epoch, batch, known[rows]
-            else:
-                batch = augmented(batch, rng)
-                yield epoch, batch, master.all_logits(batch, size)
+            yield epoch, lesson.rows(rows), soft[rows]
 
 
 def _learner(

@@ -107,7 +107,8 @@ def output_specs(
             takes = ", ".join(str(spec) for spec in inputs)
             raise InputError(
                 f"the model does not run on {takes}: {str(error).splitlines()[0]}",
-                hint="correct --input-shape: order, shapes and dtypes of forward's arguments",
+                hint="correct the inputs: order, shapes and dtypes of forward's arguments; "
+                "integers are written name:1x128:int64",
             ) from error
         shapes.append([tuple(t.shape) for t in tensors])
     if names and len(names) != len(tensors):

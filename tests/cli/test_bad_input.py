@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -274,3 +276,49 @@ def test_a_bug_is_told_as_one(
     assert "ZeroDivisionError: planted" in told.lines[0]
     with pytest.raises(ZeroDivisionError):
         deploykit("--traceback", "inspect", teacher.path)
+
+
+@pytest.mark.parametrize("stage", ["prune", "export", "quantize", "package"])
+def test_a_full_disk(stage: str, tmp_path: Path, teacher: Artifact, teacher_onnx: Artifact) -> None:
+    """Files may not grow beyond 20 kB: the write fails in the middle, inside a library."""
+    out = tmp_path / "result"
+    words = {
+        "prune": ("prune", teacher.path, "--ratio", "0.3"),
+        "export": ("export", teacher.path),
+        "quantize": ("quantize", teacher_onnx.path, "--calibration-data", CALIBRATION,
+                     "--calibration-samples", "8"),
+        "package": ("package", teacher_onnx.path, "--data", CALIBRATION),
+    }[stage]  # fmt: skip
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({20_000}, {20_000}))"
+    code = f"{limit}\nfrom deploykit.cli import main\nmain()"
+    command = [sys.executable, "-c", code, *map(str, words), "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 6, done.stderr
+    assert "no space left to write it" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_scoring_on_the_calibration_data_is_refused(
+    deploykit: Command, tmp_path: Path, teacher_onnx: Artifact
+) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        f'name = "r"\n[model]\npath = "{teacher_onnx.path}"\n'
+        f'[data]\ncalibration = "{CALIBRATION}"\nevaluation = "{CALIBRATION}"\n'
+    )
+    told = deploykit("run", recipe, "-o", tmp_path / "out")
+    assert told.code == 3
+    assert "512 of 512 evaluation samples are in the calibration data" in told.lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_is_an_answer_and_no_error(deploykit: Command, teacher: Artifact, out: Path) -> None:
+    told = deploykit("export", teacher.path, "--tolerance", "1e-12", "-o", out / "m.onnx")
+    assert told.code == 7
+    assert told.err.splitlines()[0].startswith("   no: output 'logits' differs from PyTorch")
+
+
+def test_a_factory_is_no_reference(deploykit: Command, teacher_onnx: Artifact) -> None:
+    told = deploykit("compare", FACTORY, teacher_onnx.path, "--data", CALIBRATION)
+    assert told.code == 2
+    assert "needs its trained weights" in told.lines[0]

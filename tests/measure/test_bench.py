@@ -112,11 +112,11 @@ def test_a_hang_is_stopped_at_once_and_costs_the_others_nothing(fake, vectors, s
         if what.startswith("timing"):
             alive.append([process.poll() is None for process in started])
 
-    options = FAST.model_copy(update={"max_seconds": 6})
+    options = FAST.model_copy(update={"max_seconds": 5})
     result = bench(
         [fake("steady"), fake("hang")], options, data=vectors, worker=FAKE_WORKER, progress=watch
     )
-    assert result.of("hang", 1).invalid == "no answer in 6.2 s"
+    assert result.of("hang", 1).invalid == "no answer in 5.2 s"
     assert alive == [[True, False, True]] * 15
     assert len(result.of("steady", 1).blocks_ns) == 15
 

@@ -191,3 +191,25 @@ def test_the_same_work_is_not_done_twice(
     assert out.stat().st_mtime_ns == touched
     forced = quantize(teacher_onnx, other, data=calibration, out=out, force=True)
     assert forced.facts["calibration_samples"] == 9
+
+
+def test_a_fixed_batch_is_calibrated_on_all_samples(
+    teacher_onnx: Artifact, calibration: Dataset, tmp_path: Path
+) -> None:
+    model = onnx.load(teacher_onnx.path)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+    onnx.save(model, tmp_path / "four.onnx")
+    made = quantize(
+        open_model(tmp_path / "four.onnx"),
+        QuantizeOptions(calibration_samples=6),
+        data=calibration,
+        out=tmp_path / "q.onnx",
+    )
+    free = quantize(
+        teacher_onnx,
+        QuantizeOptions(calibration_samples=6),
+        data=calibration,
+        out=tmp_path / "free.onnx",
+    )
+    for name, bounds in made.facts["ranges"].items():
+        np.testing.assert_allclose(bounds, free.facts["ranges"][name], rtol=1e-4)

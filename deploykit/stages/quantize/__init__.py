@@ -10,7 +10,7 @@ from pydantic import Field
 
 from deploykit import store
 from deploykit.backends import open_session
-from deploykit.dataset import Dataset
+from deploykit.dataset import Dataset, padded
 from deploykit.errors import AnswerIsNo, StageError, UsageError, did_you_mean
 from deploykit.formats import onnx_file
 from deploykit.stages.quantize import _ort_quantizer
@@ -157,7 +157,9 @@ def _check(path: Path, source: Artifact, data: Dataset) -> None:
     onnx_file.read(path)
     artifact = source.model_copy(update={"path": path, "precision": "int8"})
     batch = source.inputs[0].shape[0]
-    feed, _ = next(data.batches(batch if isinstance(batch, int) else 1))
+    size = batch if isinstance(batch, int) else 1
+    feed, _ = next(data.batches(size))
+    feed = {name: padded(array, size) for name, array in feed.items()}
     with open_session(artifact, "ort-cpu") as session:
         for name, array in session.run(feed).items():
             if not np.isfinite(array).all():

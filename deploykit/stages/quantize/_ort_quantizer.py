@@ -27,7 +27,11 @@ def prepare(path: Path) -> tuple[onnx.ModelProto, str]:
     Symbolic shape inference fails on several real models; the pass is then run without it.
     """
     with needs("onnxruntime"), _quiet():
-        from onnxruntime.quantization.quant_utils import load_model_with_shape_infer
+        import onnx
+        from onnxruntime.quantization.quant_utils import (
+            add_infer_metadata,
+            load_model_with_shape_infer,
+        )
         from onnxruntime.quantization.shape_inference import quant_pre_process
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "prepared.onnx"
@@ -38,8 +42,9 @@ def prepare(path: Path) -> tuple[onnx.ModelProto, str]:
                     return load_model_with_shape_infer(target), way
             except Exception:  # noqa: BLE001, S112 - it raises many kinds; the way taken is a fact
                 continue
-        with _quiet():
-            return load_model_with_shape_infer(path), "no folding: ONNX Runtime's pass fails on it"
+    model = onnx.shape_inference.infer_shapes(onnx.load(path))
+    add_infer_metadata(model)
+    return model, "no folding: ONNX Runtime's pass fails on it"
 
 
 def default_op_types() -> tuple[str, ...]:

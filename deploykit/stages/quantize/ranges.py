@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deploykit._lazy import needs
-from deploykit.dataset import Dataset
+from deploykit.dataset import Dataset, padded
 from deploykit.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,7 +47,9 @@ def observe(
     low, high = np.full(len(names), np.inf), np.full(len(names), -np.inf)
     done = 0
     for feed, _ in data.batches(batch_size):
-        found = np.array(session.run(outputs, feed), dtype=np.float64)
+        # A sample more than once changes no range; a model of fixed batch takes full batches only.
+        full = {name: padded(array, batch_size) for name, array in feed.items()}
+        found = np.array(session.run(outputs, full), dtype=np.float64)
         low = np.minimum(low, found[: len(names)])
         high = np.maximum(high, found[len(names) :])
         done += len(next(iter(feed.values())))
