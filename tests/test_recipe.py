@@ -88,6 +88,11 @@ def test_a_stage_without_its_table_is_left_out(tmp_path: Path) -> None:
     assert (recipe.data.train, recipe.data.evaluation_samples) == (None, 0)
 
 
+def test_a_factory_needs_no_inputs(tmp_path: Path) -> None:
+    model = read(tmp_path, LEAST.replace('path = "model.onnx"', 'factory = "b:c"')).model
+    assert (model.path, model.factory, model.inputs) == (None, "b:c", ())
+
+
 def test_a_recipe_comes_back_from_plain_data(tmp_path: Path) -> None:
     for text in (WHOLE, LEAST):
         recipe = read(tmp_path, text)
@@ -184,7 +189,6 @@ def test_an_unknown_table_is_refused(tmp_path: Path) -> None:
         ('evaluation = "b.npz"\n', "", ["'data.evaluation' is missing"], "add 'evaluation'"),
         ('path = "model.onnx"', "", ["'model'", "either 'path' or 'factory'"], "correct"),
         ('path = "model.onnx"', 'path = "a"\nfactory = "b:c"', ["either 'path' or"], "correct"),
-        ('path = "model.onnx"', 'factory = "b:c"', ["needs 'inputs'"], "correct this value"),
         ("[data]", "[prune]\nratio = 0.3\n[data]", ["PyTorch model, this one is ONNX"], "correct"),
         ("[data]", "[distill]\n[data]\ntrain = 't'", ["this one is ONNX"], "correct"),
         ('"model.onnx"', '"folder"\n[distill]', ["[distill] needs 'train'"], "correct"),

@@ -98,18 +98,19 @@ def output_specs(
     shapes: list[list[tuple[int, ...]]] = []
     tensors: tuple[torch.Tensor, ...] = ()
     for batch in (2, 3):
+        examples = torch_folder.examples(inputs, batch=batch)
         try:
             with torch.inference_mode():
-                tensors = torch_folder.output_tensors(
-                    module(*torch_folder.examples(inputs, batch=batch))
-                )
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                found = module(*examples)
+        except Exception as error:
             takes = ", ".join(str(spec) for spec in inputs)
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(
-                f"the model does not run on {takes}: {str(error).splitlines()[0]}",
+                f"the model does not run on {takes}: {reason}",
                 hint="correct the inputs: order, shapes and dtypes of forward's arguments; "
                 "integers are written name:1x128:int64",
             ) from error
+        tensors = torch_folder.output_tensors(found)
         shapes.append([tuple(t.shape) for t in tensors])
     if names and len(names) != len(tensors):
         raise InputError(
@@ -121,7 +122,7 @@ def output_specs(
         TensorSpec(
             name=name,
             dtype=str(tensor.dtype).removeprefix("torch."),
-            shape=(BATCH, *two[1:]) if two[:1] == (2,) and three[:1] == (3,) else two,
+            shape=(BATCH, *two[1:]) if two[:1] == (2,) else two,
         )
         for name, tensor, two, three in zip(names or default, tensors, *shapes, strict=True)
     )
