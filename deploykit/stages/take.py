@@ -122,7 +122,7 @@ def output_specs(
         TensorSpec(
             name=name,
             dtype=str(tensor.dtype).removeprefix("torch."),
-            shape=(BATCH, *two[1:]) if two[:1] == (2,) else two,
+            shape=(BATCH, *two[1:]) if two[:1] == (2,) and three[:1] == (3,) else two,
         )
         for name, tensor, two, three in zip(names or default, tensors, *shapes, strict=True)
     )
