@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import glob
 import hashlib
 import os
@@ -53,7 +54,7 @@ def check_free(out: Path, *, force: bool) -> None:
         raise UsageError(
             f"{out} exists already", hint="give another output path, or --force to replace it"
         )
-    parent = next(p for p in out.absolute().parents if p.exists())
+    parent = next((p for p in out.absolute().parents if p.exists()), Path("/"))
     probe = parent / f".deploykit-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         probe.mkdir()
@@ -112,6 +113,23 @@ def _full(error: BaseException | None) -> OSError | None:
             return OSError(int(told[1]), os.strerror(int(told[1])))
         error = error.__cause__ or error.__context__
     return None
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes of deploykit out of a folder. Raises UsageError: one is in it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"{folder} is in use by another run",
+                hint="wait for it, or give another output folder",
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

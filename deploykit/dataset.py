@@ -249,15 +249,27 @@ def _from_function(reference: str) -> Dataset:
         for item in _called(function, reference):
             yield _as_chunk(item, reference)
 
+    samples, digest = _surveyed(chunks(), reference)
+    again, second = _surveyed(chunks(), reference)
+    if again < samples:
+        raise _used_up(reference)
+    if second != digest:
+        raise InputError(
+            f"{reference} gives other samples the second time than the first",
+            hint="data is read again and again: seed what is random in it",
+        )
+    return _checked(reference, samples, digest, chunks, None)
+
+
+def _surveyed(chunks: Iterator[Chunk], reference: str) -> tuple[int, str]:
+    """Number of samples, and the digest of their names, types and values."""
     digest, samples = hashlib.sha256(), 0
-    for chunk in chunks():
+    for chunk in chunks:
         samples += _length(chunk, Path(reference))
         for name in sorted(chunk):
             digest.update(f"{name}{chunk[name].dtype}{chunk[name].shape}".encode())
             digest.update(np.ascontiguousarray(chunk[name]).tobytes())
-    if samples and next(chunks(), None) is None:
-        raise _used_up(reference)
-    return _checked(reference, samples, digest.hexdigest(), chunks, None)
+    return samples, digest.hexdigest()
 
 
 def _used_up(reference: str) -> InputError:
@@ -276,7 +288,7 @@ def _called(function: Callable[[], object], reference: str) -> Iterator[object]:
             return
     except MemoryError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(
             f"the data function {reference} raises {type(error).__name__}: {error}",
             hint="it is called without arguments and gives one sample after the other",

@@ -76,7 +76,7 @@ def _call(metric: str, outputs: Outputs, targets: Array | None, reference: Outpu
     function: metrics.UserMetric = load_function(metric)
     try:
         value = float(function(outputs, targets, reference))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(
             f"the metric {metric} raises {type(error).__name__}: {error}",
             hint="it is called with (outputs, target, reference) and returns a number",

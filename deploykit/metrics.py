@@ -228,10 +228,12 @@ def _classes(output: Array) -> Array:
 def _labels(target: Array, logits: Array) -> Array:
     """The accepted classes of each sample, [sample, label]. Raises InputError: no such labels."""
     labels = target.reshape(len(target), -1)
-    if target.dtype.kind not in "iub" or len(labels) != len(logits):
+    if target.dtype.kind not in "iu" or len(labels) != len(logits):
         problem = f"is {target.dtype}{list(target.shape)}"
     elif labels.shape[1] >= logits.shape[1] > 1:
         problem = f"has {labels.shape[1]} numbers a sample, as many as classes: it looks one-hot"
+    elif not ((labels >= 0) & (labels < logits.shape[1])).any(1).all():
+        problem = f"goes from {labels.min()} to {labels.max()}, not all are class numbers"
     else:
         return labels
     raise InputError(

@@ -85,7 +85,13 @@ def run(
         )
     _check_apart(recipe)
     _claim(out, force=force)
-    for step in plan(recipe):
+    with _files.held(out):
+        return _carried_out(state)
+
+
+def _carried_out(state: Run) -> RunSummary:
+    out = state.out
+    for step in plan(state.recipe):
         _make(state, step)
     result = _bench(state)
     verdict = _decide(state, result)
@@ -235,7 +241,11 @@ def _bench(run: Run) -> BenchResult:
 
     run.observer.step("bench", f"{len(candidates)} engines")
     result, cached = store.remember(run.out / "bench.json", key, BenchResult, make)
-    floor = statistics.noise_floor(result, _latency_batch(result))
+    try:
+        floor = statistics.noise_floor(result, _latency_batch(result))
+    except InputError:
+        _files.remove(run.out / "bench.json")  # else the next run would take it for good
+        raise
     run.observer.done(f"noise floor {summary.interval(floor, 3, 'x')}", cached=cached)
     return result
 
@@ -259,7 +269,7 @@ def _decide(run: Run, result: BenchResult) -> Verdict:
         if backend == run.target and name != FLOAT and run.artifacts[name].format != "torch"
     ]
     floor = statistics.noise_floor(result, batch)
-    limits = Limits(gates.max_drop, max(gates.min_speedup, floor.high))
+    limits = Limits(gates.max_drop, max(gates.min_speedup, floor.high, 1 / floor.low))
     return decide(run.scores[FLOAT, run.target], tuple(contenders), limits)
 
 
@@ -277,6 +287,7 @@ def _summarize(run: Run, result: BenchResult, verdict: Verdict) -> RunSummary:
         noise_floor=statistics.noise_floor(result, _latency_batch(result)),
         verdict=verdict,
         environment=result.environment,
+        notes=result.notes,
         comparable=result.options.preset != "quick",
     )
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from deploykit import _files
 from deploykit.environment import versions
-from deploykit.errors import InputError, IntegrityError
+from deploykit.errors import InputError, IntegrityError, UsageError
 from deploykit.values import (
     Artifact,
     Format,
@@ -84,6 +84,7 @@ def produce(job: Job, work: Callable[[Path], Made], *, out: Path, force: bool = 
     if done := find(out, job.key):
         return done
     _files.check_free(out, force=force)
+    _check_replaceable(out)
     started = time.monotonic()
     with _files.staged(out) as temporary:
         made = work(temporary)
@@ -113,6 +114,15 @@ def produce(job: Job, work: Callable[[Path], Made], *, out: Path, force: bool = 
     if not out.is_dir():
         _write_record(record_path(out), artifact)
     return artifact
+
+
+def _check_replaceable(out: Path) -> None:
+    """Refuse to replace a folder that deploykit did not write, forced or not. Raises UsageError."""
+    if out.is_dir() and any(out.iterdir()) and not (out / FOLDER_RECORD).is_file():
+        raise UsageError(
+            f"{out} is a folder that deploykit did not write, it is not replaced",
+            hint="give another output path, or remove it yourself",
+        )
 
 
 def find(out: Path, key: str) -> Artifact | None:

@@ -140,6 +140,7 @@ def test_neighbours_are_the_imports_that_lie_beside_the_file(tmp_path: Path) -> 
 import os, layers.deep as deep
 import no_package
 from . import relative
+from .relative import thing
 def function():
     from package.inner import thing
     from blocks import Block

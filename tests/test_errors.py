@@ -15,6 +15,7 @@ KINDS = {
     errors.IntegrityError: 5,
     errors.ResourceError: 6,
     errors.AnswerIsNo: 7,
+    errors.NotWorthIt: 7,
 }
 WORDS = st.text("abcdefgh_", min_size=4, max_size=12)
 

@@ -50,7 +50,7 @@ def test_top_k_is_the_share_of_labels_among_the_k_largest(
     metric: str, k: int, logits: Array, data: st.DataObject
 ) -> None:
     n, classes = logits.shape
-    target = data.draw(hnp.arrays(np.int64, n, elements=st.integers(0, classes)))
+    target = data.draw(hnp.arrays(np.int64, n, elements=st.integers(0, classes - 1)))
     found = scored(metric, logits, target)
     assert found.per_sample == tuple(top_k(logits, target, k))
     assert found.score.value == pytest.approx(np.mean(found.per_sample))

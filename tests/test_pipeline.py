@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from deploykit import verify
-from deploykit.errors import AnswerIsNo, UsageError
+from deploykit._files import held
+from deploykit.errors import AnswerIsNo, InputError, UsageError
+from deploykit.measure import statistics
 from deploykit.pipeline import run
 from deploykit.plan import describe, plan
 from deploykit.recipe import Recipe, read_recipe
@@ -162,6 +164,26 @@ def test_a_damaged_bundle_is_packed_again(recipe: Recipe, out: Path, tmp_path: P
     run(recipe, out=copy, observer=watcher)
     assert watcher.worked == {"bundle: package"}
     verify(copy / "bundle")
+
+
+def test_a_folder_in_use_is_left_alone(recipe: Recipe, out: Path) -> None:
+    with held(out), pytest.raises(UsageError, match="in use by another run"):
+        run(recipe, out=out)
+
+
+def test_a_benchmark_without_a_baseline_is_not_kept(
+    recipe: Recipe, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "out"
+    shutil.copytree(out, copy)
+
+    def broken(*_: object) -> None:
+        raise InputError("the control is invalid", hint="measure again")
+
+    monkeypatch.setattr(statistics, "noise_floor", broken)
+    with pytest.raises(InputError, match="control is invalid"):
+        run(recipe, out=copy)
+    assert not (copy / "bench.json").exists()
 
 
 def test_a_foreign_folder_is_not_written_into(recipe: Recipe, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -112,11 +112,13 @@ VALUES = st.one_of(
 # --- through JSON and back
 
 
+@settings(max_examples=50)
 @given(VALUES)
 def test_a_value_comes_back_from_json_text(value: Value) -> None:
     assert parse(type(value), json.loads(value.model_dump_json()), "here") == value
 
 
+@settings(max_examples=50)
 @given(VALUES)
 def test_a_value_comes_back_from_plain_data_and_the_standard_json(value: Value) -> None:
     plain = json.loads(json.dumps(value.model_dump(mode="json")))
@@ -131,6 +133,7 @@ def test_not_a_number_comes_back_too() -> None:
         assert math.isnan(again.low)
 
 
+@settings(max_examples=30)
 @given(VALUES, st.data())
 def test_a_value_is_frozen(value: Value, data: st.DataObject) -> None:
     field = data.draw(st.sampled_from(sorted(type(value).model_fields)))

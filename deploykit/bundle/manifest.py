@@ -21,7 +21,7 @@ SCHEMA: Final = "deploykit.bundle/1"
 LARGEST_MANIFEST = 64 << 20
 GET_AGAIN = "get the bundle again from where it was made"
 
-Tolerance = Annotated[float, Field(ge=0)]
+Tolerance = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Role = Literal["model", "record", "config", "golden", "evidence"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -161,7 +162,16 @@ def show(value: Value | Json, text: str, *, as_json: bool, schema: str = "") -> 
         return
     plain = value.model_dump(mode="json", by_alias=True) if isinstance(value, Value) else value
     document = plain if "schema" in plain else {"schema": schema, **plain}
-    click.echo(json.dumps(document, indent=1))
+    click.echo(json.dumps(_finite(document), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """The document with null for what JSON cannot say: NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def made(artifact: Artifact, *, as_json: bool) -> None:

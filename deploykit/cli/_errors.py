@@ -32,6 +32,8 @@ def call(command: click.Command, args: Sequence[str] | None = None) -> int:
         if "--traceback" in arguments and not isinstance(error, click.ClickException):
             raise
         return _report(error)
+    except SystemExit as error:
+        return _report(RuntimeError(f"something called sys.exit({error.code!r})"))
     except KeyboardInterrupt:
         _say("interrupted", "what was there before is untouched")
         return INTERRUPTED

@@ -83,7 +83,7 @@ def construct(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
     factory = load_function(reference)
     try:
         module = factory(**arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(
             f"the factory {reference} raises {type(error).__name__}: {error}",
             hint=f"call it by hand with {dict(arguments)}, and correct it or --model-args",

@@ -94,6 +94,8 @@ class RunSummary(Value):
     """Speed-up of the baseline over itself in another process: less than this is noise."""
     verdict: Verdict
     environment: Environment
+    notes: tuple[str, ...] = ()
+    """What disturbed the measurement, one sentence each."""
     comparable: bool
     """Whether the times may be compared with another run's; a quick preset's may not."""
 
@@ -214,6 +216,7 @@ def notes(summary: RunSummary) -> str:
     return (
         f"{sizes}Brackets are 95 % intervals. Noise floor (the baseline against itself): "
         f"{interval(summary.noise_floor, 3, 'x')}; a gain inside it is none.{quick}"
+        + "".join(f" {note}." for note in summary.notes if not note.startswith("quick"))
     )
 
 

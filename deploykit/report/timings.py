@@ -64,7 +64,5 @@ def show(result: BenchResult, console: Console) -> None:
     console.print(table)
     floor = interval(statistics.noise_floor(result, result.options.batch_sizes[0]), 3, "x")
     console.print(f"Speed-up over {result.baseline}; 95 % intervals; noise floor {floor}.")
-    if result.inputs == "random":
-        console.print("Random inputs: the times say nothing about data-dependent models.")
-    if result.options.preset == "quick":
-        console.print("Quick preset: do not compare with another run.")
+    for note in result.notes:
+        console.print(f"{note}.")

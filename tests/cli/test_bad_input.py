@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
@@ -322,3 +323,96 @@ def test_a_factory_is_no_reference(deploykit: Command, teacher_onnx: Artifact) -
     told = deploykit("compare", FACTORY, teacher_onnx.path, "--data", CALIBRATION)
     assert told.code == 2
     assert "needs its trained weights" in told.lines[0]
+
+
+@pytest.mark.parametrize("stage", ["prune", "quantize"])
+def test_force_does_not_delete_somebody_s_folder(
+    deploykit: Command, tmp_path: Path, teacher: Artifact, teacher_onnx: Artifact, stage: str
+) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("four years")
+    words = {
+        "prune": (teacher.path, "--ratio", "0.3"),
+        "quantize": (teacher_onnx.path, "--calibration-data", CALIBRATION),
+    }[stage]
+    told = deploykit(stage, *words, "-o", tmp_path / "home", "--force")
+    assert told.code == 2
+    assert "did not write" in told.lines[0]
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "four years"
+
+
+@pytest.mark.parametrize("where", ["factory", "data", "metric"])
+def test_user_code_that_exits_is_no_success(
+    deploykit: Command, out: Path, tmp_path: Path, teacher_onnx: Artifact, where: str
+) -> None:
+    code = tmp_path / "user.py"
+    code.write_text("def f(*a, **k):\n    raise SystemExit(0)\n")
+    words = {
+        "factory": ("export", f"{code}:f", *SHAPE, "-o", out / "m.onnx"),
+        "data": ("evaluate", teacher_onnx.path, "--data", f"{code}:f", "--metric", "top1"),
+        "metric": ("evaluate", teacher_onnx.path, "--data", CALIBRATION, "--metric", f"{code}:f"),
+    }[where]
+    told = deploykit(*words)
+    assert told.code == 3
+    assert "raises SystemExit" in told.lines[0]
+
+
+def test_data_that_differs_at_each_call(
+    deploykit: Command, tmp_path: Path, teacher_onnx: Artifact
+) -> None:
+    code = tmp_path / "user.py"
+    code.write_text(
+        "import numpy as np\n"
+        "def f():\n"
+        "    yield {'images': np.random.rand(1, 28, 28).astype('float32')}\n"
+    )
+    told = deploykit("compare", teacher_onnx.path, teacher_onnx.path, "--data", f"{code}:f")
+    assert told.code == 3
+    assert "other samples the second time" in told.lines[0]
+
+
+@pytest.mark.parametrize("target", [np.arange(8) + 100, -np.arange(1, 9), np.ones(8, bool)])
+def test_labels_that_are_no_classes(
+    deploykit: Command, tmp_path: Path, teacher_onnx: Artifact, target: np.ndarray
+) -> None:
+    images = np.zeros((8, 1, 28, 28), np.float32)
+    np.savez(tmp_path / "d.npz", images=images, target=target)
+    told = deploykit(
+        "evaluate", teacher_onnx.path, "--data", tmp_path / "d.npz", "--metric", "top1"
+    )
+    assert told.code == 3
+    assert "'target'" in told.lines[0]
+    assert "index of its class" in told.lines[1]
+
+
+def test_constant_calibration_images(
+    deploykit: Command, out: Path, tmp_path: Path, teacher_onnx: Artifact
+) -> None:
+    np.savez(tmp_path / "d.npz", images=np.zeros((8, 1, 28, 28), np.float32))
+    told = deploykit(
+        "quantize", teacher_onnx.path, "--calibration-data", tmp_path / "d.npz",
+        "-o", out / "q.onnx",
+    )  # fmt: skip
+    assert told.code == 3
+    assert "constant input" in told.lines[1]
+    assert not list(out.iterdir())
+
+
+def test_the_root_is_no_output(deploykit: Command, teacher: Artifact) -> None:
+    assert deploykit("prune", teacher.path, "--ratio", "0.3", "-o", "/", "--force").code == 2
+
+
+def test_json_is_json_for_a_metric_without_interval(
+    deploykit: Command, tmp_path: Path, teacher_onnx: Artifact
+) -> None:
+    code = tmp_path / "user.py"
+    code.write_text("def f(*a):\n    return 0.5\n")
+    told = deploykit(
+        "evaluate", teacher_onnx.path, "--data", CALIBRATION, "--metric", f"{code}:f", "--json"
+    )
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    document = json.loads(told.out, parse_constant=refuse)
+    assert document["score"] == {"value": 0.5, "low": None, "high": None}

@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from itertools import count
-from math import exp
 from time import perf_counter_ns, sleep
 from types import TracebackType
 from typing import Any, Self
@@ -31,7 +30,6 @@ class FakeSession:
         self.behaviour, self.milliseconds = behaviour, milliseconds
         self.calls = count()
         self.runs = count()
-        self.began = 0
 
     def run(self, feed: Mapping[str, Any]) -> dict[str, Any]:
         x = np.asarray(feed["x"], np.float32)
@@ -65,10 +63,6 @@ class FakeSession:
                 sys.stdout.flush()
                 sys.stdout.flush()
                 os.write(1, b"native chatter\n")
-            case "drift":
-                # Each window of warm-up is 5 % slower than the last, whatever the machine does.
-                self.began = self.began or perf_counter_ns()
-                self.milliseconds = 0.02 * exp((perf_counter_ns() - self.began) / 60e6)
             case "stall" if number % 50 == 49:
                 sleep(0.05)
         spin(self.milliseconds)

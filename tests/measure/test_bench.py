@@ -23,7 +23,6 @@ FATES = {
     "exit": "the process ended with exit code 3",
     "raise": "ArithmeticError: no luck",
     "missing": "fakert cannot run here: it is not installed",
-    "drift": "not steady after",
 }
 GOOD = ("steady", "rounded", "talk", "stall", "slow-load", "hungry")
 

@@ -1,223 +1,213 @@
-"""The committed Fashion-MNIST splits are what their manifest and make.py say they are."""
+"""The committed Fashion-MNIST splits, and the script that makes them."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib.util
 import json
-from itertools import combinations
+import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
 from deploykit.dataset import open_dataset
+from deploykit.values import Array
 from tests.conftest import FASHION
 
-SIZES = {"train": 20_000, "calibration": 512, "evaluation": 10_000}
-Split = tuple[np.ndarray, np.ndarray]
+SAMPLES = {"calibration": 512, "train": 20_000, "evaluation": 10_000}
+ORIGINALS = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package dataset-fashion-mnist puts them."""
 
 
 @pytest.fixture(scope="module")
-def splits() -> dict[str, Split]:
-    """Images and classes of the committed splits."""
-    found = {}
-    for name in SIZES:
-        with np.load(FASHION / f"{name}.npz", allow_pickle=False) as arrays:
-            assert sorted(arrays) == ["images", "target"]
-            found[name] = (arrays["images"], arrays["target"])
-    return found
+def splits() -> dict[str, dict[str, Array]]:
+    return {name: arrays(FASHION / f"{name}.npz") for name in SAMPLES}
 
 
-@pytest.fixture(scope="module")
-def manifest() -> dict[str, object]:
-    document: dict[str, object] = json.loads((FASHION / "manifest.json").read_text())
-    return document
+def arrays(path: Path) -> dict[str, Array]:
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
 
 
-@pytest.fixture
-def make() -> ModuleType:
-    """make.py as a module."""
-    spec = importlib.util.spec_from_file_location("make_fashion_mnist", FASHION / "make.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def rows(images: Array) -> list[bytes]:
+    return [image.tobytes() for image in images]
+
+
+def array_digest(array: Array) -> str:
+    head = f"{array.dtype.str}{list(array.shape)}".encode()
+    return hashlib.sha256(head + array.tobytes()).hexdigest()
+
+
+def check_manifest(folder: Path) -> None:
+    """Every file is listed with its samples and the digests of itself and its arrays."""
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert files.keys() == {path.name for path in folder.glob("*.npz")}
+    for name, entry in files.items():
+        found = arrays(folder / name)
+        assert entry["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        assert entry["arrays"] == {key: array_digest(array) for key, array in found.items()}
+        assert {len(array) for array in found.values()} == {entry["samples"]}
 
 
 # --- what is committed
 
 
-def test_sizes_shapes_and_types(splits: dict[str, Split]) -> None:
-    for name, (images, target) in splits.items():
-        assert (images.shape, images.dtype) == ((SIZES[name], 1, 28, 28), np.uint8)
-        assert (target.shape, target.dtype) == ((SIZES[name],), np.int64)
-        assert (images.min(), images.max()) == (0, 255)
-        assert set(target.tolist()) == set(range(10))
+def test_the_splits_have_their_sizes_and_types(splits: dict[str, dict[str, Array]]) -> None:
+    for name, count in SAMPLES.items():
+        images, target = splits[name]["images"], splits[name]["target"]
+        assert set(splits[name]) == {"images", "target"}
+        assert (images.shape, images.dtype) == ((count, 1, 28, 28), np.uint8)
+        assert (target.shape, target.dtype) == ((count,), np.int64)
+        assert set(np.unique(target)) == set(range(10))
 
 
-def test_no_image_occurs_twice_within_or_across_the_splits(splits: dict[str, Split]) -> None:
-    """The original has no duplicates either: 70,000 images, 70,000 digests."""
-    digests = {
-        name: {hashlib.sha256(image).digest() for image in images}
-        for name, (images, _) in splits.items()
-    }
-    assert {name: len(found) for name, found in digests.items()} == SIZES
-    shared = {pair: len(digests[pair[0]] & digests[pair[1]]) for pair in combinations(SIZES, 2)}
-    assert set(shared.values()) == {0}
+def test_no_image_is_in_two_splits_or_twice_in_one(splits: dict[str, dict[str, Array]]) -> None:
+    """Fashion-MNIST's 70,000 images all differ (checked), so these must."""
+    images = [row for split in splits.values() for row in rows(split["images"])]
+    assert len(images) == len(set(images)) == sum(SAMPLES.values())
 
 
-def test_calibration_is_stratified_and_evaluation_balanced(splits: dict[str, Split]) -> None:
-    counts = {name: np.bincount(target).tolist() for name, (_, target) in splits.items()}
-    assert counts["calibration"] == [52, 52, 51, 51, 51, 51, 51, 51, 51, 51]
-    assert counts["evaluation"] == [1000] * 10
-    assert all(1900 < n < 2100 for n in counts["train"])
+def test_no_sample_is_in_two_splits_as_the_model_sees_them() -> None:
+    seen = {name: open_dataset(FASHION / f"{name}.npz").sample_digests() for name in SAMPLES}
+    assert {name: len(digests) for name, digests in seen.items()} == SAMPLES
+    assert len(set.union(*seen.values())) == sum(SAMPLES.values())
 
 
-def test_the_manifest_holds_the_digests_of_files_and_arrays(
-    splits: dict[str, Split], manifest: dict[str, dict[str, dict[str, object]]]
+def test_calibration_is_stratified(splits: dict[str, dict[str, Array]]) -> None:
+    counts = np.bincount(splits["calibration"]["target"])
+    assert counts.tolist() == [52, 52] + [51] * 8
+    assert np.bincount(splits["evaluation"]["target"]).tolist() == [1000] * 10
+    assert np.bincount(splits["train"]["target"]).min() > 1800
+
+
+def test_the_manifest_tells_the_truth() -> None:
+    check_manifest(FASHION)
+    manifest = json.loads((FASHION / "manifest.json").read_text())
+    assert "LICENCE" in manifest["licence"]
+    assert "Copyright" in (FASHION / "LICENCE").read_text()
+
+
+def test_the_preprocessing_is_that_of_the_train_images(
+    splits: dict[str, dict[str, Array]],
 ) -> None:
-    assert set(manifest["files"]) == {f"{name}.npz" for name in SIZES}
-    for name, (images, target) in splits.items():
-        said = manifest["files"][f"{name}.npz"]
-        assert said["samples"] == len(target)
-        assert said["sha256"] == hashlib.sha256((FASHION / f"{name}.npz").read_bytes()).hexdigest()
-        assert said["arrays"] == {"images": digest(images), "target": digest(target)}
+    spec = open_dataset(FASHION / "calibration.npz").preprocessing
+    assert spec is not None
+    pixels = splits["train"]["images"] / 255
+    assert spec.mean[0] == pytest.approx(pixels.mean(), abs=2e-3)
+    assert spec.std[0] == pytest.approx(pixels.std(), abs=2e-3)
 
 
-def digest(array: np.ndarray) -> str:
-    """The digest that make.py describes: dtype, shape, bytes."""
-    head = f"{array.dtype.str}{list(array.shape)}"
-    return hashlib.sha256(head.encode() + array.tobytes()).hexdigest()
+def test_all_is_below_15_megabytes() -> None:
+    assert sum(path.stat().st_size for path in FASHION.rglob("*")) < 15e6
 
 
-def test_all_files_are_below_15_mb_and_the_licence_is_among_them() -> None:
-    files = [path for path in FASHION.rglob("*") if "__pycache__" not in path.parts]
-    assert sum(path.stat().st_size for path in files) < 15e6
-    assert (FASHION / "LICENCE").read_text().startswith("The MIT License")
+# --- the script
+
+IMAGES, LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
 
 
-def test_the_splits_open_as_data_sets_with_their_preprocessing() -> None:
-    for name, size in SIZES.items():
-        data = open_dataset(FASHION / f"{name}.npz")
-        assert len(data) == size
-        assert [str(s) for s in data.specs()] == ["images: float32[batch, 1, 28, 28]"]
-        assert data.preprocessing is not None
-        assert (data.preprocessing.mean, data.preprocessing.std) == ((0.286,), (0.353,))
+def idx(array: Array) -> bytes:
+    """The IDX format: zero, zero, 8 for unsigned bytes, rank; sizes; values."""
+    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return bytes([0, 0, 8, array.ndim]) + sizes + array.astype(np.uint8).tobytes()
 
 
-def test_the_mean_and_spread_of_the_preprocessing_are_those_of_the_images(
-    splits: dict[str, Split],
-) -> None:
-    pixels = splits["train"][0] / 255
-    assert pixels.mean() == pytest.approx(0.286, abs=0.002)
-    assert pixels.std() == pytest.approx(0.353, abs=0.002)
-
-
-# --- how it is made
-
-
-def idx(array: np.ndarray) -> bytes:
-    """IDX of unsigned bytes: http://yann.lecun.com/exdb/mnist, "the IDX file format"."""
-    sizes = b"".join(n.to_bytes(4, "big") for n in array.shape)
-    return b"\0\0\x08" + bytes([array.ndim]) + sizes + array.astype(np.uint8).tobytes()
-
-
-def idx_files(folder: Path, train: Split, test: Split, *, packed: bool) -> Path:
+def originals(folder: Path, splits: dict[str, dict[str, Array]], *, packed: bool) -> Path:
+    """Four IDX files of real images: 700 to train with, 60 to test with."""
     folder.mkdir()
-    for kind, (images, labels) in (("train", train), ("t10k", test)):
-        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
-            data = idx(array)
+    for name, split, count in (("train", "train", 700), ("t10k", "evaluation", 60)):
+        images, target = (splits[split][key][:count] for key in ("images", "target"))
+        for kind, array in ((IMAGES, images[:, 0]), (LABELS, target)):
+            path, data = folder / f"{name}-{kind}", idx(array)
             if packed:
-                (folder / f"{kind}-{name}-ubyte.gz").write_bytes(gzip.compress(data, 1))
+                path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(data))
             else:
-                (folder / f"{kind}-{name}-ubyte").write_bytes(data)
+                path.write_bytes(data)
     return folder
 
 
-def rebuilt(splits: dict[str, Split], make: ModuleType) -> Split:
-    """A training file whose splits are the committed ones: 20,512 images and no filler.
-
-    What is chosen depends on the number and order of the labels alone; the images take the places
-    that make.py will choose from.
-    """
-    labels = np.concatenate([splits["calibration"][1], splits["train"][1]])
-    calibration, train = make.choose(labels)
-    assert len(calibration) + len(train) == len(labels)
-    images = np.empty((len(labels), 28, 28), np.uint8)
-    again = np.empty(len(labels), np.uint8)
-    # The labels decide the places, so a place must keep its label: sort images into their class.
-    pools = {
-        c: {role: iter(splits[role][0][splits[role][1] == c, 0]) for role in SIZES}
-        for c in range(10)
-    }
-    for role, places in (("calibration", calibration), ("train", train)):
-        for place in places:
-            images[place] = next(pools[int(labels[place])][role])
-            again[place] = labels[place]
-    return images, again
-
-
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
-def test_make_writes_the_committed_images_from_idx_files(
-    splits: dict[str, Split], make: ModuleType, tmp_path: Path, packed: bool
-) -> None:
-    images, labels = rebuilt(splits, make)
-    evaluation, classes = splits["evaluation"]
-    if packed:  # the same test images, fewer: compressing them is what takes the time
-        evaluation, classes = evaluation[:500], classes[:500]
-    source = idx_files(
-        tmp_path / "idx", (images, labels), (evaluation[:, 0], classes), packed=packed
+def made(source: Path, out: Path, extra: Iterable[str] = ()) -> subprocess.CompletedProcess[str]:
+    out.mkdir(exist_ok=True)
+    return subprocess.run(
+        [sys.executable, FASHION / "make.py", source, out, *extra],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    out = tmp_path / "out"
-    out.mkdir()
-    make.main(source, out)
-    said = json.loads((out / "manifest.json").read_text())["files"]
-    for name in SIZES:
-        with np.load(out / f"{name}.npz") as arrays:
-            pixels, target = arrays["images"], arrays["target"]
-        assert said[f"{name}.npz"]["samples"] == len(target)
-        assert said[f"{name}.npz"]["arrays"] == {"images": digest(pixels), "target": digest(target)}
-        assert by_class(pixels, target) == by_class(
-            *((evaluation, classes) if name == "evaluation" else splits[name])
-        )
-    assert said["evaluation.npz"]["arrays"]["images"] == digest(evaluation)
 
 
-def by_class(images: np.ndarray, target: np.ndarray) -> set[tuple[int, bytes]]:
-    return {(int(c), hashlib.sha256(i).digest()) for i, c in zip(images, target, strict=True)}
-
-
-def test_the_choice_is_stratified_disjoint_ordered_and_repeatable(make: ModuleType) -> None:
-    labels = np.random.default_rng(3).integers(0, 10, 25_000).astype(np.uint8)
-    calibration, train = make.choose(labels)
-    assert np.bincount(labels[calibration]).tolist() == [52, 52] + [51] * 8
-    assert len(train) == 20_000
-    assert not set(calibration) & set(train)
-    assert (np.diff(calibration) > 0).all()
-    assert (np.diff(train) > 0).all()
-    assert train.max() > 24_000  # from all of the data, not from its head
-    again = make.choose(labels)
-    assert all(map(np.array_equal, again, (calibration, train)))
-
-
-def test_the_gzipped_file_is_preferred_and_both_are_read_alike(
-    make: ModuleType, tmp_path: Path
+def test_the_script_makes_the_splits_of_the_originals(
+    splits: dict[str, dict[str, Array]], tmp_path: Path
 ) -> None:
-    array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
-    (tmp_path / "x").write_bytes(idx(array))
-    assert np.array_equal(make.read_idx(tmp_path, "x"), array)
-    (tmp_path / "x.gz").write_bytes(gzip.compress(idx(array[:1])))
-    assert np.array_equal(make.read_idx(tmp_path, "x"), array[:1])
+    source = originals(tmp_path / "idx", splits, packed=True)
+    done = made(source, tmp_path / "out")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    check_manifest(tmp_path / "out")
+    found = {name: arrays(tmp_path / "out" / f"{name}.npz") for name in SAMPLES}
+
+    # The evaluation split is the test images, as they are.
+    for key in ("images", "target"):
+        assert np.array_equal(found["evaluation"][key], splits["evaluation"][key][:60])
+
+    # The other two share out the train images, each with its label, in the order of the originals.
+    place = {row: i for i, row in enumerate(rows(splits["train"]["images"][:700]))}
+    indices = {
+        name: [place[row] for row in rows(found[name]["images"])]
+        for name in ("calibration", "train")
+    }
+    assert [len(i) for i in indices.values()] == [512, 188]
+    assert sorted(indices["calibration"] + indices["train"]) == list(range(700))
+    for name, chosen in indices.items():
+        assert chosen == sorted(chosen)
+        assert np.array_equal(found[name]["target"], splits["train"]["target"][chosen])
+
+    # As many of each class as there are, up to the same number.
+    there = np.bincount(splits["train"]["target"][:700])
+    wanted = np.minimum(there, [52, 52] + [51] * 8)
+    assert np.bincount(found["calibration"]["target"]).tolist() == wanted.tolist()
 
 
-@pytest.mark.parametrize("head", [b"\0\0\x09\x01", b"PK\x03\x04", b""])
-def test_what_is_no_idx_file_of_bytes_is_refused(
-    make: ModuleType, tmp_path: Path, head: bytes
+def test_the_script_makes_the_same_of_plain_files_and_again(
+    splits: dict[str, dict[str, Array]], tmp_path: Path
 ) -> None:
-    (tmp_path / "x").write_bytes(head + bytes(16) if head else b"")
-    with pytest.raises(SystemExit, match=r"x: not an IDX file of unsigned bytes"):
-        make.read_idx(tmp_path, "x")
+    for name, packed in (("packed", True), ("plain", False), ("again", False)):
+        source = originals(tmp_path / name, splits, packed=packed)
+        assert made(source, tmp_path / f"{name}-out").returncode == 0
+    one, *others = (
+        {p.name: p.read_bytes() for p in (tmp_path / f"{name}-out").iterdir()}
+        for name in ("packed", "plain", "again")
+    )
+    assert others == [one, one]
+    assert len(one) == 4
+
+
+def test_the_script_refuses_other_files(
+    splits: dict[str, dict[str, Array]], tmp_path: Path
+) -> None:
+    source = originals(tmp_path / "idx", splits, packed=False)
+    (source / f"train-{IMAGES}").write_bytes(b"\x89PNG")
+    done = made(source, tmp_path / "out")
+    assert done.returncode == 1
+    assert f"train-{IMAGES}: not an IDX file of unsigned bytes" in done.stderr
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_script_says_how_it_is_called(tmp_path: Path) -> None:
+    done = made(tmp_path, tmp_path, ["one too many"])
+    assert done.returncode == 1
+    assert "make.py FOLDER_OF_IDX_FILES [OUTPUT_FOLDER]" in done.stderr
+
+
+@pytest.mark.skipif(not ORIGINALS.exists(), reason=f"the originals are not in {ORIGINALS}")
+def test_the_originals_give_what_is_committed(tmp_path: Path) -> None:
+    assert made(ORIGINALS, tmp_path).returncode == 0
+    for name in (*(f"{split}.npz" for split in SAMPLES), "manifest.json"):
+        committed, again = FASHION / name, tmp_path / name
+        if name.endswith(".npz"):  # the packed bytes may differ by the version of zlib
+            want, have = arrays(committed), arrays(again)
+            assert all(np.array_equal(want[key], have[key]) for key in want)
+        else:
+            assert json.loads(again.read_text()).keys() == json.loads(committed.read_text()).keys()

@@ -11,7 +11,7 @@ from pydantic import Field
 from deploykit import store
 from deploykit.backends import open_session
 from deploykit.dataset import Dataset, padded
-from deploykit.errors import AnswerIsNo, StageError, UsageError, did_you_mean
+from deploykit.errors import AnswerIsNo, InputError, StageError, UsageError, did_you_mean
 from deploykit.formats import onnx_file
 from deploykit.stages.quantize import _ort_quantizer
 from deploykit.stages.quantize.placement import account, excluded, float_tensors
@@ -115,6 +115,12 @@ def _quantized(
         batch_size=batch if isinstance(batch, int) else options.calibration_batch_size,
         progress=progress,
     )
+    for spec in source.inputs:
+        if spec.name in ranges and ranges[spec.name][0] == ranges[spec.name][1]:
+            raise InputError(
+                f"input {spec.name!r} is {ranges[spec.name][0]} in all of {data.reference}",
+                hint="calibrate on real data: a constant input tells nothing about the ranges",
+            )
     result = _ort_quantizer.insert_qdq(model, ranges, chosen, op_types=op_types, left_out=left_out)
     facts = account(result, model, left_out)
     if not facts["compute_nodes_quantized"]:
