@@ -470,6 +470,12 @@ def test_the_digest_of_a_function_is_of_what_it_gives(tmp_path: Path) -> None:
         ("def samples(): return [{}]", ["no arrays"], "each model input"),
         ("def samples(): return [({}, 1)]", ["no arrays"], "each model input"),
         ("def samples(): raise KeyError('boom')", ["raises KeyError: 'boom'"], "without arguments"),
+        ("def samples(): raise SystemExit(0)", ["raises SystemExit: 0"], "without arguments"),
+        (
+            "rng = np.random.default_rng(0)\ndef samples(): return [{'x': rng.random(3)}]",
+            ["other samples the second time"],
+            "seed what is random",
+        ),
         ("def samples(path): return []", ["raises TypeError", "'path'"], "without arguments"),
         ("def samples():\n  yield {'x': [1.0]}\n  1 / 0", ["ZeroDivisionError"], "one sample"),
         ("once = iter([{'x': [1.0]}])\ndef samples(): return once", ["second time"], "starts anew"),
@@ -481,6 +487,11 @@ def test_a_function_that_gives_no_data_is_refused(
     reference = function(tmp_path, body)
     with refused(InputError, reference, *facts, hint=hint):
         open_dataset(reference)
+
+
+def test_a_lack_of_memory_is_no_fault_of_a_function(tmp_path: Path) -> None:
+    with pytest.raises(MemoryError):
+        open_dataset(function(tmp_path, "def samples(): raise MemoryError"))
 
 
 def test_a_function_that_gives_less_and_less_is_noticed(tmp_path: Path) -> None:

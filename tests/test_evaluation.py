@@ -176,6 +176,7 @@ def metric(outputs, target, reference):
     ("body", "fact", "hint"),
     [
         ("def metric(a, b, c): raise KeyError('k')", "raises KeyError: 'k'", "returns a number"),
+        ("def metric(a, b, c): raise SystemExit(0)", "raises SystemExit: 0", "returns a number"),
         ("def metric(a): return 1", "raises TypeError", "(outputs, target, reference)"),
         ("def metric(a, b, c): return 'x'", "raises ValueError", "returns a number"),
         ("def metric(a, b, c): return None", "raises TypeError", "returns a number"),

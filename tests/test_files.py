@@ -267,6 +267,51 @@ def test_a_file_beyond_the_limit_ends_with_the_exit_code_of_a_resource(tmp_path:
     assert texts(tmp_path) == {"out.bin": "old"}
 
 
+def wrapped(error: Exception, *, silently: bool) -> Exception:
+    """As a library tells it: in an error of its own."""
+    outer = RuntimeError("cannot write the model")
+    if silently:
+        outer.__context__ = error
+    else:
+        outer.__cause__ = error
+    return outer
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        wrapped(OSError(errno.ENOSPC, "full"), silently=False),
+        wrapped(OSError(errno.ENOSPC, "full"), silently=True),
+        wrapped(wrapped(OSError(errno.EFBIG, "full"), silently=False), silently=False),
+        RuntimeError(f"I/O error: No space left on device (os error {errno.ENOSPC})"),
+    ],
+    ids=["cause", "context", "deep", "words of Rust"],
+)
+def test_a_full_disk_inside_a_library_is_a_full_disk(tmp_path: Path, error: Exception) -> None:
+    two_lines = refused(ResourceError, tmp_path / "out", "no space left", hint="free some disk")
+    with two_lines, _files.staged(tmp_path / "out"):
+        raise error
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        wrapped(OSError(errno.EACCES, "denied"), silently=False),
+        RuntimeError(f"I/O error (os error {errno.EACCES})"),
+        RuntimeError(f"macros error {errno.ENOSPC}"),
+    ],
+)
+def test_other_errors_inside_a_library_pass(tmp_path: Path, error: Exception) -> None:
+    def fail() -> None:
+        with _files.staged(tmp_path / "out"):
+            raise error
+
+    with pytest.raises(RuntimeError) as caught:
+        fail()
+    assert caught.value is error
+
+
 def test_all_is_on_disk_before_it_is_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,6 +410,34 @@ def test_nothing_is_swept_where_processes_cannot_be_told(
     )
     _files.write_text(tmp_path / "out", "new")
     assert len(texts(tmp_path)) == 2
+
+
+# --- held
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from deploykit import _files
+with _files.held(Path(sys.argv[1])):
+    print("holding", flush=True)
+    input()
+"""
+
+
+def test_a_folder_is_held_by_one_process_until_it_ends(tmp_path: Path) -> None:
+    other = python(HOLDS, tmp_path, wait=False)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "holding\n"
+    two_lines = refused(UsageError, tmp_path, "in use by another run", hint="wait for it")
+    with two_lines, _files.held(tmp_path):
+        pytest.fail("both hold the folder")
+    other.kill()  # a killed process holds nothing
+    told(other)
+    for _ in range(2):
+        with _files.held(tmp_path):
+            pass
+    assert not any(tmp_path.iterdir())
 
 
 # --- small ones

@@ -17,7 +17,7 @@ from deploykit.values import Array, Difference, Interval, Score
 from tests.fixtures_core import refused
 
 RNG = np.random.default_rng(0)
-SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9))
+SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9) | st.integers(20, 40))
 VALUES = st.floats(-100, 100).map(lambda x: x if abs(x) > 1e-6 else 0.0)
 LOGITS = SIZES.flatmap(lambda size: hnp.arrays(np.float32, size, elements=st.integers(-3, 3)))
 """Few values: many ties, as INT8 outputs have them."""
@@ -79,6 +79,8 @@ def test_any_of_several_labels_is_accepted() -> None:
     logits = np.eye(4)
     assert scored("top1", logits, [[0, 3], [0, 1], [0, 1], [3, 3]]).per_sample == (1, 1, 0, 1)
     assert scored("top1", logits, [[0], [0], [2], [2]]).per_sample == (1, 0, 1, 0)
+    filled_up = [[0, -1], [0, 1], [9, 2], [3, -1]]
+    assert scored("top1", logits, filled_up).per_sample == (1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,10 @@ def test_any_of_several_labels_is_accepted() -> None:
         (np.array([0.0, 1.0, 2.0]), "float64[3]"),
         (np.array(["a", "b", "c"]), "<U1[3]"),
         (np.array([0, 1]), "int64[2]"),
+        (np.array([True, False, True]), "bool[3]"),
+        (np.array([1, 2, 3]), "from 1 to 3"),
+        (np.array([-1, 0, 1]), "from -1 to 1"),
+        (np.array([[0, 1], [2, -1], [-1, -1]]), "from -1 to 2"),
     ],
 )
 def test_what_is_no_label_is_refused(target: Array, fact: str) -> None:

@@ -104,6 +104,8 @@ def test_neither_side_is_below_the_resize(
 def test_the_crop_is_the_centre(tmp_path: Path) -> None:
     found = read_image(saved(tmp_path), Preprocessing(crop=(10, 6), layout="nhwc"))
     assert np.array_equal(found, PIXELS[5:15, 12:18])
+    odd = read_image(saved(tmp_path), Preprocessing(crop=(9, 5), layout="nhwc"))
+    assert np.array_equal(odd, PIXELS[5:14, 12:17])
 
 
 def test_the_crop_comes_after_the_resize(tmp_path: Path) -> None:

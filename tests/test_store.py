@@ -152,6 +152,18 @@ def test_another_job_does_not_write_over_it_unless_forced(tmp_path: Path, work: 
     assert store.read(out) == second
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_of_somebody_else_is_never_replaced(tmp_path: Path, force: bool) -> None:
+    out = tmp_path / "photos"
+    out.mkdir()
+    (out / "holiday.png").write_text("precious")
+    with refused(UsageError, out, hint="give another output path"):
+        store.produce(job(), never, out=out, force=force)
+    assert sorted(content(out)) == ["holiday.png"]
+    (out / "holiday.png").unlink()
+    assert store.produce(job(), to_folder, out=out, force=True).path == out  # empty by now
+
+
 @BOTH
 def test_a_model_that_was_changed_is_not_taken_for_the_one_made(tmp_path: Path, work: Any) -> None:
     out = tmp_path / "model"

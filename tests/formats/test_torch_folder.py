@@ -97,6 +97,7 @@ class Random(nn.Module):
         return self.lin(x) + torch.rand(3)
 
 def fails(**arguments): raise RuntimeError("no such width")
+def exits(): raise SystemExit(0)
 def gives_nothing(): return None
 def gives_class(): return Residual
 '''  # fmt: skip
@@ -354,6 +355,7 @@ def test_edits_that_do_not_fit_are_refused(factory: Path, tmp_path: Path) -> Non
     ("name", "arguments", "facts", "hint"),
     [
         ("fails", {"width": 3}, ["raises RuntimeError: no such width"], "{'width': 3}"),
+        ("exits", {}, ["raises SystemExit: 0"], "by hand"),
         ("Residual", {"wdith": 3}, ["raises TypeError", "'wdith'"], "--model-args"),
         ("gives_nothing", {}, ["gives NoneType, not a torch.nn.Module"], "the model itself"),
         ("gives_class", {}, ["gives type, not a torch.nn.Module"], "the model itself"),

@@ -8,7 +8,14 @@ import sys
 import pytest
 
 from deploykit.errors import InputError, UsageError
-from deploykit.measure import bench, compare_speed, noise_floor, read_result, write_result
+from deploykit.measure import (
+    Candidate,
+    bench,
+    compare_speed,
+    noise_floor,
+    read_result,
+    write_result,
+)
 from deploykit.measure.lane import Lane
 
 from .conftest import FAKE_WORKER, FAST
@@ -32,7 +39,9 @@ def result(fake, vectors):
     """One run with all kinds of candidates beside each other."""
     candidates = [fake(kind) for kind in (*GOOD, *FATES)]
     candidates.append(fake("steady:0.6", name="slow"))
-    return bench(candidates, FAST, data=vectors, worker=FAKE_WORKER)
+    # Blocks longer than the scheduler's time slice: a busy machine must not decide this test.
+    options = FAST.model_copy(update={"block_ms": 15})
+    return bench(candidates, options, data=vectors, worker=FAKE_WORKER)
 
 
 @pytest.fixture
@@ -126,6 +135,17 @@ def test_without_a_valid_baseline_nothing_is_claimed(fake, vectors):
     assert "missing (batch 1) is invalid: there is nothing to compare with" in result.notes
     with pytest.raises(InputError, match="fakert cannot run here"):
         compare_speed(result, "steady", 1)
+
+
+def test_outputs_are_held_against_the_first_of_the_family(fake, vectors):
+    def student(kind: str, name: str) -> Candidate:
+        return fake(kind, name).model_copy(update={"family": "student"})
+
+    candidates = [fake("steady"), student("negated", "student"), student("steady", "broken")]
+    result = bench(candidates, FAST, data=vectors, worker=FAKE_WORKER)
+    assert result.of("student", 1).invalid is None
+    assert "'y' is wrong" in result.of("broken", 1).invalid
+    assert result.of("steady (again)", 1).invalid is None
 
 
 def test_random_inputs_and_quick_mark_the_result(fake):
