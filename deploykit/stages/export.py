@@ -200,7 +200,7 @@ def _proof(
             )
     return {
         "verified_batch_sizes": list(sizes),
-        "verified_on": data.reference if data else "random inputs",
+        "verified_on": Path(data.reference).name if data else "random inputs",
         "largest_relative_difference": max(gap.max_relative for gap in worst),
     }
 

@@ -19,3 +19,9 @@ def test_a_bundle_of_an_earlier_release_verifies(bundle: Path) -> None:
 
 def test_there_is_one_of_each_format() -> None:
     assert [p.name for p in BUNDLES] == ["bundle-1"]
+
+
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda p: p.name)
+def test_a_bundle_tells_no_path_of_the_machine_that_made_it(bundle: Path) -> None:
+    for path in bundle.rglob("*.json"):
+        assert "calibration_data/" not in path.read_text().replace('"calibration_data"', "")

@@ -64,7 +64,7 @@ def test_the_teacher_in_onnx_is_the_teacher(
     assert teacher_onnx.precision == "fp32"
     assert teacher_onnx.inputs == teacher.inputs
     assert teacher_onnx.facts["verified_batch_sizes"] == [1, 2, 7, 32]
-    assert teacher_onnx.facts["verified_on"] == evaluation.reference
+    assert teacher_onnx.facts["verified_on"] == "evaluation.npz"
     assert 0 <= teacher_onnx.facts["largest_relative_difference"] < 1e-5
     assert teacher_onnx.facts["operators"]["Conv"] == 13
     assert [record.stage for record in teacher_onnx.history] == ["take", "export"]

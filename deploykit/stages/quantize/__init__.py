@@ -130,7 +130,7 @@ def _quantized(
         "preset": chosen.model_dump(),
         "calibration_method": "minmax",
         "calibration_samples": len(data),
-        "calibration_data": data.reference,
+        "calibration_data": Path(data.reference).name,
         "prepared": way,
         "huge_ranges": _huge(ranges),
         "ranges": {name: list(bounds) for name, bounds in ranges.items()},
