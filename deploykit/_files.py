@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from deploykit import _interrupt
 from deploykit.errors import DeploykitError, ResourceError, UsageError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -92,6 +93,7 @@ def staged(out: Path) -> Iterator[Path]:
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}-{token}{out.suffix}")
     try:
         yield temporary
+        _interrupt.check()
         _sync(temporary)
         _replace(temporary, out)
         _sync_folder(out.absolute().parent)

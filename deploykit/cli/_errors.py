@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-import signal
 import sys
 from collections.abc import Iterable, Sequence
-from types import FrameType
 
 import click
 
+from deploykit import _interrupt
 from deploykit.errors import (
     ANSWER_IS_NO,
     INTERRUPTED,
@@ -25,7 +24,7 @@ from deploykit.errors import (
 def call(command: click.Command, args: Sequence[str] | None = None) -> int:
     """Run a command; report what goes wrong on stderr; return the exit code."""
     arguments = list(sys.argv[1:] if args is None else args)
-    signal.signal(signal.SIGTERM, _terminate)
+    _interrupt.listen()
     try:
         result = command.main(arguments, prog_name="deploykit", standalone_mode=False)
     except Exception as error:
@@ -42,6 +41,9 @@ def call(command: click.Command, args: Sequence[str] | None = None) -> int:
 
 def _report(error: Exception) -> int:
     """Two lines for any error, and its exit code."""
+    if _interrupt.asked():  # whatever broke, it broke because the user stopped it
+        _say("interrupted", "what was there before is untouched")
+        return INTERRUPTED
     fact, hint, code = _explained(error)
     if code == ANSWER_IS_NO:
         _say(fact, hint, labels=("no", "see"))
@@ -90,9 +92,3 @@ def _say(fact: str, hint: str, labels: tuple[str, str] = ("error", "fix")) -> No
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0]
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends a command as Ctrl-C does: temporary files are removed."""
-    del number, frame
-    raise KeyboardInterrupt

@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from deploykit import _interrupt
+
 console = Console(stderr=True, highlight=False)
 
 
@@ -53,12 +55,14 @@ class Terminal:
 
     def step(self, name: str, what: str) -> None:
         """Begin a step."""
+        _interrupt.check()
         self._clear()
         self._label, self._began = f"{name}: {what}", time.monotonic()
         self._task = self._bar.add_task(self._label, total=None, text="")
 
     def progress(self, done: int, total: int, text: str = "") -> None:
-        """Move the bar."""
+        """Move the bar; stop here if an interrupt was swallowed on the way."""
+        _interrupt.check()
         if self._task is not None:
             self._bar.update(self._task, completed=done, total=total, text=text)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -38,7 +40,12 @@ def test_an_interrupt_leaves_the_old_result(
     process = spawn(*words, "-o", out, "--force", cwd=tmp_path)
     time.sleep(delay)
     process.send_signal(signal.SIGTERM if delay > 2 else signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        pytest.fail("the interrupt was lost")
     if process.returncode == 0:  # it was done before the signal came
         assert out.is_dir() or out.read_bytes() != b"old"
         return
@@ -65,3 +72,30 @@ def test_kill_9_leaves_the_old_result_and_the_next_run_sweeps(
     _, err = done.communicate(timeout=120)
     assert done.returncode == 0, err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["result"]
+
+
+def test_an_interrupt_that_a_library_swallows_is_not_lost(
+    tmp_path: Path, teacher: Artifact
+) -> None:
+    """The factory swallows Ctrl-C, as libraries do at import; nothing may be published."""
+    code = (
+        "import os, signal\n"
+        "from deploykit.stages import prune\n"
+        "find = prune._size\n"
+        "def swallowing(*a):\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    except KeyboardInterrupt:\n"
+        "        pass\n"
+        "    return find(*a)\n"
+        "prune._size = swallowing\n"
+        "from deploykit.cli import main\n"
+        "main()\n"
+    )
+    out = tmp_path / "result"
+    words = ["prune", str(teacher.path), "--ratio", "0.3", "-o", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 130, done.stderr
+    assert not list(tmp_path.iterdir())
