@@ -51,12 +51,12 @@ def check_free(out: Path, *, force: bool) -> None:
 
     Raises UsageError. ResourceError: the disk is full.
     """
-    if (out.exists() or out.is_symlink()) and not force:
+    if os.path.lexists(out) and not force:
         raise UsageError(
             f"{out} exists already", hint="give another output path, or --force to replace it"
         )
     parent = next((p for p in out.absolute().parents if p.exists()), Path("/"))
-    probe = parent / f".deploykit-{os.getpid()}-{secrets.token_hex(4)}"
+    probe = parent / f".{out.name}.record.json.tmp-{os.getpid()}-{secrets.token_hex(4)}.json"
     try:
         probe.mkdir()
         probe.rmdir()

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Protocol
 
 from deploykit import _files, backends, evaluation, metrics, store
-from deploykit._code import split_reference
+from deploykit._code import load_function, split_reference
 from deploykit.bundle import Bundle, PackagedModel, inventory, manifest, package
 from deploykit.environment import read as read_environment
-from deploykit.errors import DeploykitError, InputError, IntegrityError, NotWorthIt, UsageError
+from deploykit.errors import DeploykitError, InputError, IntegrityError, UsageError
 from deploykit.evaluation import Outputs
 from deploykit.measure import BenchOptions, BenchResult, Candidate, bench, statistics
 from deploykit.plan import FLOAT, MODEL, Step, data, plan
@@ -74,8 +74,8 @@ def run(
     """Make, evaluate and bench every artifact of the recipe, decide, and package the winner.
 
     What an earlier run into `out` made from the same inputs, options and versions is taken as it
-    is. Raises UsageError: `out` is in the way. NotWorthIt: no engine passes both gates; the
-    summary is written all the same.
+    is. Where no engine passes both gates, the verdict of the summary ships None and there is no
+    bundle. Raises UsageError: `out` is in the way.
     """
     state = Run(recipe, out, observer or _Silent())
     if state.target not in {b.name for b in backends.BACKENDS}:
@@ -83,6 +83,8 @@ def run(
             f"`run` measures on the target, and {state.target} models do not run here",
             hint="take the target ort-cpu or openvino; use `quantize` and `build` for TensorRT",
         )
+    if ":" in recipe.gates.metric:
+        load_function(recipe.gates.metric)  # before minutes of work, not after
     _check_apart(recipe)
     _claim(out, force=force)
     with _files.held(out):
@@ -99,8 +101,8 @@ def _carried_out(state: Run) -> RunSummary:
     summary.write(made, result, out)
     if verdict.ship is None:
         _files.remove(out / "bundle")  # an earlier run's engine is not this one's answer
-        raise NotWorthIt(f"not worth it: {verdict.reason}", hint=f"all numbers are in {out}")
-    _package(state, verdict.ship, made)
+    else:
+        _package(state, verdict.ship, made)
     return made
 
 

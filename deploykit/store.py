@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from deploykit import _files
 from deploykit.environment import versions
@@ -147,7 +148,9 @@ def read(path: Path) -> Artifact | None:
     if digest(path) != artifact.sha256:
         raise IntegrityError(
             f"{path} is not the file that its record describes (sha256 differs)",
-            hint=f"make it again, or remove {record} to use it as a model without history",
+            hint="make it again"
+            if path.is_dir()
+            else f"make it again, or remove {record} to use it as a model without history",
         )
     return artifact
 
@@ -187,6 +190,19 @@ def remember(path: Path, key: str, kind: type[V], make: Callable[[], V]) -> tupl
     plain = {"key": key, "value": value.model_dump(mode="json", by_alias=True)}
     _files.write_text(path, json.dumps(plain) + "\n")
     return value, False
+
+
+def json_text(plain: Any) -> str:
+    """Plain data as strict JSON for any reader: null for NaN and infinity, which JSON lacks."""
+    return json.dumps(_finite(plain), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Json:

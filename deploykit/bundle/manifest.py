@@ -204,6 +204,8 @@ def _problems(bundle: Bundle) -> list[str]:
     for engine in bundle.engines:
         if (engine.golden is None) == (engine.no_golden is None):
             found.append(f"{engine.path}: golden outputs, or the reason why there are none")
+        elif engine.golden is None and engine.format == "onnx":
+            found.append(f"{engine.path}: an ONNX model has golden outputs, this one has none")
     return found
 
 

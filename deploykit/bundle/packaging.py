@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -82,7 +81,7 @@ def package(
         golden.write_arrays(folder / golden.INPUTS, feed)
         engines = tuple(_add(folder, part, feed, machine) for part in parts)
         if evidence is not None:
-            text = json.dumps(evidence, indent=1) + "\n"
+            text = store.json_text(evidence)
             (folder / EVIDENCE).write_text(text, encoding="utf-8")
         bundle = Bundle(
             name=options.name,

@@ -11,6 +11,7 @@ from deploykit.bundle.manifest import Bundle, Engine, GoldenOutputs
 from deploykit.bundle.requirements import mismatches
 from deploykit.environment import Environment
 from deploykit.errors import AnswerIsNo, IntegrityError, MissingError
+from deploykit.formats import onnx_file
 from deploykit.values import Array, Artifact, Feed, Value
 
 
@@ -116,6 +117,8 @@ def _check_engine(
         return EngineCheck(
             path=engine.path, backend=engine.backend, golden_max_error=None, golden_not_run=reason
         )
+    if engine.format == "onnx":
+        _check_names(artifact)
     expected = engine.golden
     assert expected is not None  # noqa: S101 - `manifest.read` has checked it
     want = _golden_outputs(path, expected)
@@ -132,6 +135,20 @@ def _check_engine(
         golden_max_error=agreement.max_error,
         golden_not_run=None,
     )
+
+
+def _check_names(artifact: Artifact) -> None:
+    """Hold an ONNX model against the tensors that the manifest names. Raises IntegrityError."""
+    model = onnx_file.read(artifact.path)
+    for kind, told, real in (
+        ("inputs", artifact.inputs, onnx_file.inputs(model)),
+        ("outputs", artifact.outputs, onnx_file.outputs(model)),
+    ):
+        if {spec.name for spec in told} != {spec.name for spec in real}:
+            raise IntegrityError(
+                f"{artifact.path}: the manifest names other {kind} than the model has",
+                hint=manifest.GET_AGAIN,
+            )
 
 
 def _artifact(path: Path, bundle: Bundle, engine: Engine) -> Artifact:

@@ -66,6 +66,6 @@ def group(*, traceback: bool) -> None:
     del traceback  # `_errors` reads it from the arguments
 
 
-def main() -> None:
-    """Entry point of the console script."""
+def run_command_line() -> None:
+    """Run the command that the process was started with, and exit."""
     raise SystemExit(_errors.call(group))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from deploykit import store
 from deploykit._code import split_reference
 from deploykit._shapes import parse_inputs
 from deploykit.dataset import Dataset, open_dataset
@@ -27,7 +29,22 @@ output_option = click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="Where the result goes."
 )
 force_option = click.option("--force", is_flag=True, help="Replace what is there.")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+def _reserve_stdout(context: click.Context, option: click.Parameter, value: Any) -> Any:
+    """Keep stdout for the document: what a user's function or a library prints goes to stderr."""
+    del option
+    if value:
+        context.meta[STDOUT] = sys.stdout
+        context.with_resource(redirect_stdout(sys.stderr))
+    return value
+
+
+STDOUT = "deploykit.stdout"
+"""Where a command's context keeps the real stdout while --json reserves it."""
+json_option = click.option(
+    "--json", "as_json", is_flag=True, callback=_reserve_stdout, help="Print one JSON document."
+)
 backend_option = click.option("--backend", help="pytorch, ort-cpu or openvino.")
 threads_option = click.option(
     "--threads", type=click.IntRange(1), default=None, help="Threads of the runtime."
@@ -162,16 +179,7 @@ def show(value: Value | Json, text: str, *, as_json: bool, schema: str = "") -> 
         return
     plain = value.model_dump(mode="json", by_alias=True) if isinstance(value, Value) else value
     document = plain if "schema" in plain else {"schema": schema, **plain}
-    click.echo(json.dumps(_finite(document), indent=1, allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    """The document with null for what JSON cannot say: NaN and infinity."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    click.echo(store.json_text(document), nl=False, file=click.get_current_context().meta[STDOUT])
 
 
 def made(artifact: Artifact, *, as_json: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
@@ -63,7 +63,11 @@ def make(kind: type[V], values: dict[str, Any]) -> V:
     except ValidationError as error:
         first = error.errors()[0]
         name = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else kind.__name__
-        raise UsageError(f"{name}: {first['msg']}", hint=f"got {first['input']!r}") from error
+        raise UsageError(f"{name}: {first['msg']}", hint=_got(first)) from error
+
+
+def _got(error: Mapping[str, Any]) -> str:
+    return "give it" if error["type"] == "missing" else f"got {error['input']!r}"
 
 
 def _flat(value: Any) -> Any:

@@ -113,6 +113,8 @@ def bench_command(
     options = _options.make(BenchOptions, given)
     opened = None if data == "random" else _common.required_data(data)
     if output:
+        if output.suffix != ".json":
+            raise UsageError(f"-o {output}: the samples are JSON", hint="name it *.json")
         _files.check_free(output, force=force)
     candidates = _candidates(models, names, given, opened)
     with Terminal() as terminal:

@@ -36,18 +36,16 @@ def run_command(
         return
     if output is None:
         raise click.UsageError("give -o FOLDER for the results (or --dry-run)")
-    try:
-        with Terminal() as terminal:
-            run(read, out=output, observer=terminal, force=force)
-    except NotWorthIt:
-        _show(output, as_json=as_json)
-        raise
-    _show(output, as_json=as_json)
+    with Terminal() as terminal:
+        summary = run(read, out=output, observer=terminal, force=force)
+    _show(summary, output, as_json=as_json)
+    if summary.verdict.ship is None:
+        raise NotWorthIt(
+            f"not worth it: {summary.verdict.reason}", hint=f"all numbers are in {output}"
+        )
 
 
-def _show(output: Path, *, as_json: bool) -> None:
-    text = (output / "summary.json").read_text(encoding="utf-8")
-    summary = RunSummary.model_validate_json(text)
+def _show(summary: RunSummary, output: Path, *, as_json: bool) -> None:
     if as_json:
         _common.show(summary, "", as_json=True)
         return

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field
 
-from deploykit import _files
+from deploykit import _files, store
 from deploykit.environment import Environment
 from deploykit.measure import BenchResult, statistics
 from deploykit.report import html
@@ -222,7 +222,9 @@ def notes(summary: RunSummary) -> str:
 
 def write(summary: RunSummary, result: BenchResult, out: Path) -> None:
     """Write `summary.json`, `summary.md` and `report.html`."""
-    _files.write_text(out / "summary.json", summary.model_dump_json(indent=1, by_alias=True) + "\n")
+    _files.write_text(
+        out / "summary.json", store.json_text(summary.model_dump(mode="json", by_alias=True))
+    )
     _files.write_text(out / "summary.md", markdown(summary))
     page = html.Page(
         title=summary.recipe,

@@ -13,7 +13,7 @@ from pydantic import Field
 from deploykit import store
 from deploykit._lazy import installed
 from deploykit._shapes import Shape, parse_shape
-from deploykit.errors import MissingError, StageError, UsageError, did_you_mean
+from deploykit.errors import InputError, MissingError, StageError, UsageError, did_you_mean
 from deploykit.formats import onnx_file
 from deploykit.store import Job, Made
 from deploykit.values import Artifact, Json, Precision, TensorSpec, Value
@@ -56,11 +56,12 @@ def unavailable(flavour: Flavour = "auto") -> str | None:
 def build(source: Artifact, options: BuildOptions, *, out: Path, force: bool = False) -> Artifact:
     """Parse an ONNX model and build a serialized engine.
 
-    Raises MissingError: neither TensorRT flavour is installed. UsageError: a dynamic input without
-    shapes, or a shape that does not fit. StageError: the parser or the builder refuses the model.
+    Raises InputError: no ONNX model. MissingError: neither TensorRT flavour is installed.
+    UsageError: a dynamic input without shapes, or a shape that does not fit. StageError: the
+    parser or the builder refuses the model.
     """
     if source.format != "onnx":
-        raise UsageError(
+        raise InputError(
             f"{source.path} is {source.format}, build takes an ONNX model", hint="export it first"
         )
     if reason := unavailable(options.flavour):

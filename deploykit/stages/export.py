@@ -16,7 +16,7 @@ from deploykit import store
 from deploykit._lazy import needs
 from deploykit.backends import open_session
 from deploykit.dataset import Dataset
-from deploykit.errors import AnswerIsNo, StageError, UsageError
+from deploykit.errors import AnswerIsNo, InputError, StageError
 from deploykit.formats import onnx_file, torch_folder
 from deploykit.metrics import differences
 from deploykit.store import Job, Made
@@ -58,7 +58,7 @@ def export(
     the outputs differ by more than the tolerance.
     """
     if source.format != "torch":
-        raise UsageError(
+        raise InputError(
             f"{source.path} is {source.format}, export takes a torch model",
             hint="give file.py:factory or a torch artifact folder",
         )

@@ -37,11 +37,12 @@ def bundles(draw: st.DrawFn) -> Bundle:
     model, record, inputs, outputs, *others = (*names, *"wxyz")[: max(4, len(names))]
     roles = {model: "model", record: "record", inputs: "golden", outputs: "golden"}
     spec = TensorSpec(name=draw(texts), dtype="float32", shape=("batch", draw(st.integers(0))))
-    runs = draw(st.booleans())
+    kind = draw(st.sampled_from(["onnx", "engine"]))
+    runs = kind == "onnx" or draw(st.booleans())
     engine = Engine(
         path=model,
         record=record,
-        format=draw(st.sampled_from(["onnx", "engine"])),
+        format=kind,
         native_code=draw(st.booleans()),
         precision="int8",
         backend=draw(texts),

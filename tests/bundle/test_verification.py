@@ -50,6 +50,20 @@ def test_a_sound_bundle(sound: Path):
     assert len(found.checks) == 4
 
 
+def test_an_onnx_engine_cannot_be_excused_from_its_golden_outputs(edit: Change, bundle: Path):
+    edit(lambda m: m["engines"][0].update(golden=None, no_golden="trust me"))
+    assert problems(bundle) == (f"{MODEL}: an ONNX model has golden outputs, this one has none",)
+
+
+@pytest.mark.parametrize("kind", ["inputs", "outputs"])
+def test_a_manifest_that_names_other_tensors_is_a_matter_of_integrity(
+    edit: Change, bundle: Path, kind: str
+):
+    edit(lambda m: m["engines"][0][kind][0].update(name="another"))
+    with pytest.raises(IntegrityError, match=f"names other {kind} than the model has"):
+        verify(bundle)
+
+
 def test_a_link_to_a_bundle_is_followed(sound: Path, tmp_path: Path):
     (tmp_path / "current").symlink_to(sound)
     assert verify(tmp_path / "current").version == 3

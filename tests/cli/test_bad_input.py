@@ -291,12 +291,53 @@ def test_a_full_disk(stage: str, tmp_path: Path, teacher: Artifact, teacher_onnx
         "package": ("package", teacher_onnx.path, "--data", CALIBRATION),
     }[stage]  # fmt: skip
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({20_000}, {20_000}))"
-    code = f"{limit}\nfrom deploykit.cli import main\nmain()"
+    code = f"{limit}\nfrom deploykit.__main__ import main\nmain()"
     command = [sys.executable, "-c", code, *map(str, words), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 6, done.stderr
     assert "no space left to write it" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_the_file_system_cannot_hold(
+    deploykit: Command, tmp_path: Path, teacher_onnx: Artifact
+) -> None:
+    out = tmp_path / ("m" * 245 + ".onnx")
+    told = deploykit("quantize", teacher_onnx.path, "--calibration-data", CALIBRATION, "-o", out)
+    assert told.code == 2
+    assert "File name too long" in told.lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_required_option_left_out(deploykit: Command, tmp_path: Path, teacher: Artifact) -> None:
+    told = deploykit("prune", teacher.path, "-o", tmp_path / "m")
+    assert (told.code, told.lines) == (2, ["error: --ratio: Field required", "  fix: give it"])
+
+
+def test_a_metric_that_prints_leaves_stdout_to_the_document(
+    deploykit: Command, tmp_path: Path, teacher_onnx: Artifact
+) -> None:
+    (tmp_path / "m.py").write_text("def one(*_):\n    print('here')\n    return 1\n")
+    told = deploykit(
+        "evaluate", teacher_onnx.path, "--data", CALIBRATION, "--metric", f"{tmp_path}/m.py:one",
+        "--json",
+    )  # fmt: skip
+    assert json.loads(told.out)["score"] == {"value": 1.0, "low": None, "high": None}
+    assert "here" in told.err
+
+
+def test_a_metric_that_is_not_there_is_told_before_the_work(
+    deploykit: Command, tmp_path: Path, teacher_onnx: Artifact
+) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        f'name = "r"\n[model]\npath = "{teacher_onnx.path}"\n[gates]\nmetric = "no.py:metric"\n'
+        f'[data]\ncalibration = "{CALIBRATION}"\nevaluation = "{FASHION / "evaluation.npz"}"\n'
+    )
+    told = deploykit("run", recipe, "-o", tmp_path / "out")
+    assert told.code == 3
+    assert "no such file" in told.lines[0]
+    assert not (tmp_path / "out").exists()
 
 
 def test_scoring_on_the_calibration_data_is_refused(

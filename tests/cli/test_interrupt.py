@@ -89,7 +89,7 @@ def test_an_interrupt_that_a_library_swallows_is_not_lost(
         "        pass\n"
         "    return find(*a)\n"
         "prune._size = swallowing\n"
-        "from deploykit.cli import main\n"
+        "from deploykit.__main__ import main\n"
         "main()\n"
     )
     out = tmp_path / "result"

@@ -74,7 +74,7 @@ def test_without_tensorrt_it_says_what_to_install(teacher_onnx: Artifact, tmp_pa
         "        if name.startswith('tensorrt'):\n"
         "            raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Hide())\n"
-        "from deploykit.cli import main\n"
+        "from deploykit.__main__ import main\n"
         "main()\n"
     )
     command = [sys.executable, "-c", code, "build", str(teacher_onnx.path), "-o", "m.engine"]

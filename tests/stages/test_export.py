@@ -7,7 +7,7 @@ import pytest
 
 from deploykit.backends import open_session
 from deploykit.dataset import Dataset
-from deploykit.errors import AnswerIsNo, StageError, UsageError
+from deploykit.errors import AnswerIsNo, InputError, StageError
 from deploykit.stages.export import ExportOptions, export
 from deploykit.stages.take import TakeOptions, take
 from deploykit.values import Artifact, TensorSpec
@@ -114,5 +114,5 @@ def test_the_tolerance_is_a_gate(teacher: Artifact, evaluation: Dataset, tmp_pat
 
 
 def test_onnx_is_not_exported_again(teacher_onnx: Artifact, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="export takes a torch model"):
+    with pytest.raises(InputError, match="export takes a torch model"):
         export(teacher_onnx, ExportOptions(), out=tmp_path / "m.onnx")

@@ -155,7 +155,7 @@ def test_a_model_that_cannot_be_quantized_is_an_honest_no(tmp_path: Path) -> Non
 def test_quantizing_twice_is_refused(
     teacher_int8: Artifact, calibration: Dataset, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match="quantized already"):
+    with pytest.raises(InputError, match="quantized already"):
         quantize(teacher_int8, QuantizeOptions(), data=calibration, out=tmp_path / "m.onnx")
 
 

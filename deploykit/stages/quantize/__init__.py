@@ -62,12 +62,12 @@ def quantize(
     not load. AnswerIsNo: nothing that computes could be quantized.
     """
     if source.format != "onnx":
-        raise UsageError(
+        raise InputError(
             f"{source.path} is {source.format}, quantize takes an ONNX model",
             hint="export it first",
         )
     if source.precision == "int8":
-        raise UsageError(f"{source.path} is quantized already", hint="give the float model")
+        raise InputError(f"{source.path} is quantized already", hint="give the float model")
     bound = data.matching(source.inputs)
     if options.calibration_samples:
         bound = bound.first(options.calibration_samples)
