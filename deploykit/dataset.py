@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from deploykit import _files
+from deploykit._chunks import Chunk, alike, rebatched
 from deploykit._code import load_function, split_reference
 from deploykit.errors import InputError
 from deploykit.preprocessing import PREPROCESSING_FILE, normalize, read_image, read_preprocessing
@@ -23,9 +24,6 @@ from deploykit.values import BATCH, Array, Preprocessing, TensorSpec
 
 TARGET = "target"
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
-
-Chunk = dict[str, Array]
-"""Arrays of equal length by name; `target` among them where there are labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +48,7 @@ class Dataset:
         samples are not alike.
         """
         left = self.samples
-        for chunk in _rebatched(_alike(self.chunks(), self.reference), size):
+        for chunk in rebatched(alike(self.chunks(), self.reference), size):
             taken = {name: array[:left] for name, array in chunk.items()}
             target = taken.pop(TARGET, None)
             yield self._fitting(taken), target
@@ -65,6 +63,28 @@ class Dataset:
             return self
         digest = hashlib.sha256(f"{self.digest}[:{count}]".encode()).hexdigest()
         return replace(self, samples=count, digest=digest)
+
+    def split(self, step: int) -> tuple[Dataset, Dataset]:
+        """Every `step`-th sample apart: the others, and those. Both read the data as it lies."""
+
+        def part(name: str, picks: Callable[[Array], Array]) -> Dataset:
+            def chunks() -> Iterator[Chunk]:
+                start = 0
+                for chunk in self.chunks():
+                    numbers = np.arange(start, start + len(next(iter(chunk.values()))))
+                    start = int(numbers[-1]) + 1
+                    rows = picks(numbers) & (numbers < self.samples)
+                    if rows.any():
+                        yield {key: array[rows] for key, array in chunk.items()}
+
+            digest = hashlib.sha256(f"{self.digest}[{name} of {step}]".encode()).hexdigest()
+            count = int(picks(np.arange(self.samples)).sum())
+            return replace(self, samples=count, digest=digest, chunks=chunks)
+
+        return (
+            part("rest", lambda n: n % step != step - 1),
+            part("each last", lambda n: n % step == step - 1),
+        )
 
     def matching(self, inputs: tuple[TensorSpec, ...]) -> Dataset:
         """The same data, bound to what a model takes. Raises InputError: a name is missing."""
@@ -310,41 +330,3 @@ def _as_chunk(item: object, reference: str) -> Chunk:
     if target is not None:
         chunk[TARGET] = np.asarray(target)[None]
     return chunk
-
-
-def _rebatched(chunks: Iterator[Chunk], size: int) -> Iterator[Chunk]:
-    """Cut and join chunks into batches of `size` samples; the last may be smaller."""
-    waiting: list[Chunk] = []
-    count = 0
-    for chunk in chunks:
-        waiting.append(chunk)
-        count += len(next(iter(chunk.values())))
-        if count >= size:
-            whole = _joined(waiting)
-            full = count - count % size
-            for start in range(0, full, size):
-                yield {name: array[start : start + size] for name, array in whole.items()}
-            count -= full
-            waiting = [{name: array[full:] for name, array in whole.items()}] if count else []
-    if count:
-        yield _joined(waiting)
-
-
-def _joined(chunks: list[Chunk]) -> Chunk:
-    if len(chunks) == 1:
-        return chunks[0]
-    return {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
-
-
-def _alike(chunks: Iterator[Chunk], reference: str) -> Iterator[Chunk]:
-    """The chunks as they are. Raises InputError: samples differ in names, dtypes or shapes."""
-    first: dict[str, str] = {}
-    for chunk in chunks:
-        kinds = {name: f"{a.dtype}{list(a.shape[1:])}" for name, a in chunk.items()}
-        first = first or kinds
-        if kinds != first:
-            raise InputError(
-                f"{reference}: samples differ in names, dtypes or shapes: {first} and {kinds}",
-                hint="give every sample the same arrays of the same dtype and shape",
-            )
-        yield chunk

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deploykit import metrics
+from deploykit import _files, metrics
 from deploykit._code import load_function, split_reference
 from deploykit.dataset import Dataset, padded
 from deploykit.errors import InputError
@@ -70,6 +70,12 @@ def evaluate(
         score=Interval(value=value, low=float("nan"), high=float("nan")),
         samples=len(data),
     )
+
+
+def metric_identity(metric: str) -> str:
+    """What decides a metric's values: its name, or the digest of the user's file."""
+    place, name = split_reference(metric)
+    return f"{_files.sha256(place)}:{name}" if place.suffix == ".py" else metric
 
 
 def _call(metric: str, outputs: Outputs, targets: Array | None, reference: Outputs | None) -> float:

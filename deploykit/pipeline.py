@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from deploykit import _files, backends, evaluation, metrics, store
-from deploykit._code import load_function, split_reference
+from deploykit._code import load_function
 from deploykit.bundle import Bundle, PackagedModel, inventory, manifest, package
 from deploykit.environment import read as read_environment
 from deploykit.errors import DeploykitError, InputError, IntegrityError, UsageError
@@ -169,7 +169,7 @@ def _score(run: Run, name: str, backend: str) -> None:
             "artifact": artifact.sha256,
             "backend": backend,
             "data": evaluated.digest,
-            "metric": _metric_identity(metric),
+            "metric": evaluation.metric_identity(metric),
             "reference": reference.sha256,
             "machine": read_environment().model_dump(mode="json", exclude={"load_average"}),
             "code": store.code_digest(),
@@ -192,11 +192,6 @@ def _score(run: Run, name: str, backend: str) -> None:
     score, cached = store.remember(path, key, Score, make)
     run.scores[name, backend] = score
     run.observer.done(f"{metric} {summary.interval(score.score, 4)}", cached=cached)
-
-
-def _metric_identity(metric: str) -> str:
-    place, name = split_reference(metric)
-    return f"{_files.sha256(place)}:{name}" if place.suffix == ".py" else metric
 
 
 def _engine(name: str, backend: str) -> str:

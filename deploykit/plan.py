@@ -146,7 +146,7 @@ def _quantize_step(recipe: Recipe, name: str) -> Step:
             data=data(recipe, "calibration"),
             out=out,
             force=True,
-            progress=lambda done, total: progress(done, total, ""),
+            talk=lambda text, done, total: progress(done, total, text),
         )
 
     return Step(f"{name}.int8.onnx", "quantize", source, make)

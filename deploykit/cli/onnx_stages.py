@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,30 +10,71 @@ import click
 
 from deploykit.cli import COMMANDS, _common, _options
 from deploykit.cli._observer import Terminal
+from deploykit.errors import UsageError
 from deploykit.formats import open_model
 from deploykit.stages.build import BuildOptions, build
-from deploykit.stages.quantize import QuantizeOptions, quantize
+from deploykit.stages.quantize import Promise, QuantizeOptions, quantize
 
 
 @click.command("quantize", help=COMMANDS["quantize"][1])
 @click.argument("model")
 @_common.output_option
 @_common.data_option("--calibration-data", text="Real inputs to calibrate on.")
+@click.option("--max-drop", help="Score that may be lost: 0.005 in units of the metric, or 1%.")
+@click.option("--evaluation-data", help="Data on which --max-drop must hold.")
+@click.option("--metric", default="top1", help="What --max-drop is a drop of.", show_default=True)
 @_options.fields(QuantizeOptions)
 @_common.force_option
 @_common.json_option
-def quantize_command(
-    model: str, output: Path, *, data: str, force: bool, as_json: bool, **given: Any
+def quantize_command(  # noqa: PLR0913 - one parameter an option
+    model: str,
+    output: Path,
+    *,
+    data: str,
+    max_drop: str | None,
+    evaluation_data: str | None,
+    metric: str,
+    force: bool,
+    as_json: bool,
+    **given: Any,
 ) -> None:
     """Quantize to INT8."""
     opened, options = _common.required_data(data), _options.make(QuantizeOptions, given)
     source = open_model(model)
+    promise = _promise(max_drop, evaluation_data, metric)
     with Terminal() as terminal:
-        terminal.step(model, "calibrate")
+        terminal.step(model, "quantize")
         artifact = quantize(
-            source, options, data=opened, out=output, force=force, progress=terminal.progress
+            source,
+            options,
+            data=opened,
+            out=output,
+            promise=promise,
+            force=force,
+            talk=lambda text, done, total: terminal.progress(done, total, text),
         )
     _common.made(artifact, as_json=as_json)
+
+
+def _promise(max_drop: str | None, reference: str | None, metric: str) -> Promise | None:
+    """Raises UsageError: one of drop and data without the other, or a drop that is no number."""
+    if max_drop is None and reference is None:
+        return None
+    if max_drop is None or reference is None:
+        raise UsageError(
+            "--max-drop and --evaluation-data go together",
+            hint="give both: how much may be lost, and on which data",
+        )
+    relative = max_drop.endswith("%")
+    try:
+        allowed = float(max_drop.removesuffix("%")) / (100 if relative else 1)
+    except ValueError as error:
+        raise UsageError(
+            f"--max-drop {max_drop!r} is no number", hint="write 0.005 or 1%"
+        ) from error
+    if not 0 <= allowed < math.inf:
+        raise UsageError(f"--max-drop {max_drop!r} is below 0", hint="write 0.005 or 1%")
+    return Promise(_common.required_data(reference), metric, allowed, relative)
 
 
 @click.command("build", help=COMMANDS["build"][1])

@@ -2,64 +2,101 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
-import numpy as np
 from pydantic import Field
 
 from deploykit import store
-from deploykit.backends import open_session
-from deploykit.dataset import Dataset, padded
-from deploykit.errors import AnswerIsNo, InputError, StageError, UsageError, did_you_mean
-from deploykit.formats import onnx_file
-from deploykit.stages.quantize import _ort_quantizer
-from deploykit.stages.quantize.placement import account, excluded, float_tensors
-from deploykit.stages.quantize.presets import Preset, Target, preset
-from deploykit.stages.quantize.ranges import Progress, Ranges, observe
+from deploykit.backends import backend
+from deploykit.dataset import Dataset
+from deploykit.errors import InputError, UsageError, did_you_mean
+from deploykit.stages.quantize import placement, sound
+from deploykit.stages.quantize.graph import Graph
+from deploykit.stages.quantize.lab import Lab, Point, Promise, Talk, pareto
+from deploykit.stages.quantize.methods import METHODS, Method
+from deploykit.stages.quantize.presets import SCOPES, Preset, Scope, Target, preset
+from deploykit.stages.quantize.search import search
+from deploykit.stages.quantize.workshop import Variant, Workshop
 from deploykit.store import Job, Made
 from deploykit.values import Artifact, Json, Value
 
-if TYPE_CHECKING:
-    import onnx
+__all__ = ["Preset", "Promise", "QuantizeOptions", "preset", "quantize"]
 
-__all__ = ["Preset", "QuantizeOptions", "preset", "quantize"]
-
-LIBRARIES = ("onnx", "onnxruntime", "onnxruntime-gpu")
-HUGE = 1e4
-"""A range beyond this leaves almost no levels for ordinary values."""
+LIBRARIES = ("onnx", "onnxruntime", "onnxruntime-gpu", "openvino")
+HELD_SHARE, HELD_AT_MOST = 4, 32
+"""One sample in four or more is held back from calibration to choose on."""
+FEWEST = 8
+"""Samples below which nothing is chosen."""
+COMMON: Method = "minmax"
+"""The method where there is too little data to choose one."""
 
 
 class QuantizeOptions(Value):
     """How to quantize."""
 
     target: Target = Field(default="ort-cpu", description="the runtime that the INT8 file is for")
+    scope: Scope | Literal["auto"] = Field(
+        default="auto",
+        description="operators to quantize: compute (convolutions and matrix products), residual "
+        "(and what joins them), all (and element-wise functions), or auto: by measurement",
+    )
     op_types_to_quantize: tuple[str, ...] = Field(
-        default=(), description="operator types to quantize; by default all that can be"
+        default=(), description="operator types to quantize, in place of a scope"
+    )
+    nodes_to_quantize: tuple[str, ...] = Field(
+        default=(), description="patterns of node names to quantize; by default all in scope"
     )
     nodes_to_exclude: tuple[str, ...] = Field(
         default=(), description="patterns of node names to leave in float"
     )
+    calibration_method: Method | Literal["auto"] = Field(
+        default="auto",
+        description="how an activation's range follows from its values; auto: by measurement",
+    )
+    percentile: float = Field(
+        default=99.99, gt=50, le=100, description="percent of the values kept by percentile"
+    )
     calibration_samples: int = Field(
         default=0, ge=0, description="use the first N samples of the calibration data; 0 for all"
     )
-    calibration_batch_size: int = Field(default=32, ge=1, description="samples run at a time")
+
+    @property
+    def scopes(self) -> dict[str, tuple[str, ...]]:
+        """The sets of operator types to try, by name."""
+        if self.op_types_to_quantize:
+            return {"chosen": self.op_types_to_quantize}
+        if self.scope != "auto":
+            return {self.scope: SCOPES[self.scope]}
+        return {name: SCOPES[name] for name in preset(self.target).scopes}
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The calibration methods to try."""
+        return METHODS if self.calibration_method == "auto" else (self.calibration_method,)
 
 
-def quantize(
+def quantize(  # noqa: PLR0913 - what goes in, what comes out, how, and who listens
     source: Artifact,
     options: QuantizeOptions,
     *,
     data: Dataset,
     out: Path,
+    promise: Promise | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    talk: Talk | None = None,
 ) -> Artifact:
-    """Calibrate on `data` (minmax) and write an INT8 model with explicit Q/DQ pairs.
+    """Calibrate on `data` and write an INT8 model with explicit Q/DQ pairs.
 
-    Activations are quantized per tensor, weights per channel, as the target's preset says. Raises
-    InputError: the data does not fit, or a tensor is not finite on it. StageError: the result does
-    not load. AnswerIsNo: nothing that computes could be quantized.
+    Activations are quantized per tensor, weights per channel, as the target's preset says. Where
+    the options leave a choice, or a promise must hold, it is made by measurement (`search`).
+
+    Raises InputError: the data does not fit, or a tensor is NaN on it. StageError: no result loads.
+    AnswerIsNo: nothing that computes could be quantized, or no candidate keeps the promise.
     """
     if source.format != "onnx":
         raise InputError(
@@ -71,105 +108,149 @@ def quantize(
     bound = data.matching(source.inputs)
     if options.calibration_samples:
         bound = bound.first(options.calibration_samples)
+    if promise and len(bound) < FEWEST:
+        raise InputError(
+            f"{bound.reference} has {len(bound)} samples, too few to choose on",
+            hint=f"give at least {FEWEST} samples",
+        )
     chosen = preset(options.target)
 
     def work(path: Path) -> Made:
-        import onnx
-
-        model, facts = _quantized(source, options, chosen, bound, progress)
-        onnx.save(model, path)
-        _check(path, source, bound)
+        with tempfile.TemporaryDirectory() as folder:
+            order = _Order(source, options, bound, promise, talk or _silent)
+            facts = _made(order, Path(folder), path)
         return Made(
             format="onnx",
             precision="int8",
             inputs=source.inputs,
             outputs=source.outputs,
-            facts=facts,
+            facts={
+                **facts,
+                "calibration_samples": len(bound),
+                "calibration_data": Path(bound.reference).name,
+            },
             preprocessing=bound.preprocessing,
         )
 
     others = {"calibration": bound.digest, "preset": store.digest_of(chosen.model_dump())}
+    if promise:
+        others["promise"] = promise.digest
     job = Job(stage="quantize", source=source, options=options, others=others, libraries=LIBRARIES)
     return store.produce(job, work, out=out, force=force)
 
 
-def _quantized(
-    source: Artifact,
-    options: QuantizeOptions,
-    chosen: Preset,
-    data: Dataset,
-    progress: Progress | None,
-) -> tuple[onnx.ModelProto, Json]:
-    onnx_file.read(source.path)  # a broken file is told apart from a tool that fails on it
-    model, way = _ort_quantizer.prepare(source.path)
-    op_types = _op_types(options.op_types_to_quantize, chosen)
-    left_out = excluded(model, options.nodes_to_exclude)
-    batch = source.inputs[0].shape[0]
-    tensors = float_tensors(model, op_types)
-    if not tensors:
-        raise _nothing(0)
-    ranges = observe(
-        model,
-        tensors,
-        data,
-        batch_size=batch if isinstance(batch, int) else options.calibration_batch_size,
-        progress=progress,
+def _silent(text: str, done: int, total: int) -> None:
+    del text, done, total
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What was asked for."""
+
+    source: Artifact
+    options: QuantizeOptions
+    data: Dataset
+    promise: Promise | None
+    talk: Talk
+
+
+def _made(order: _Order, folder: Path, out: Path) -> Json:
+    """Write the model at `out`; the facts of it."""
+    options = order.options
+    _check_op_types(options.op_types_to_quantize)
+    chooses = order.promise or len(options.scopes) * len(options.methods) > 1
+    rest, held = _held_back(order.data) if chooses else (order.data, None)
+    shop = Workshop.open(
+        order.source,
+        preset(options.target),
+        rest,
+        op_types={name for op_types in options.scopes.values() for name in op_types},
+        binned=bool({*options.methods} - {"minmax", "moving_average"}),
+        progress=lambda done, total: order.talk("calibrate", done, total),
     )
-    for spec in source.inputs:
-        if spec.name in ranges and ranges[spec.name][0] == ranges[spec.name][1]:
-            raise InputError(
-                f"input {spec.name!r} is {ranges[spec.name][0]} in all of {data.reference}",
-                hint="calibrate on real data: a constant input tells nothing about the ranges",
-            )
-    result = _ort_quantizer.insert_qdq(model, ranges, chosen, op_types=op_types, left_out=left_out)
-    facts = account(result, model, left_out)
-    if not facts["compute_nodes_quantized"]:
-        raise _nothing(facts["compute_nodes"])
-    return result, {
-        **facts,
-        "preset": chosen.model_dump(),
-        "calibration_method": "minmax",
-        "calibration_samples": len(data),
-        "calibration_data": Path(data.reference).name,
-        "prepared": way,
-        "huge_ranges": _huge(ranges),
-        "ranges": {name: list(bounds) for name, bounds in ranges.items()},
+    candidates = _candidates(shop.graph, options, chooses=held is not None)
+    found: Json = {}
+    if held is None:
+        ((name, variant),) = candidates.items()
+    else:
+        lab = Lab(shop, _runtime(options.target), held, order.promise, folder, order.talk)
+        point = search(lab, candidates)
+        name, variant = point.name, point.variant
+        found = {"search": _found(lab, point)}
+    written, broken = sound.checked(shop, variant, order.data, out)
+    return {
+        **shop.facts(written, _why(shop.graph, options, candidates, written) | broken),
+        "candidate": name,
+        "op_types": sorted({shop.graph.nodes[n].op_type for n in written.nodes}),
+        **found,
     }
 
 
-def _nothing(nodes: int) -> AnswerIsNo:
-    return AnswerIsNo(
-        f"0 of {nodes} Conv, MatMul and Gemm nodes could be quantized",
-        hint="the work of this model lies in operators or subgraphs that stay in float",
+def _found(lab: Lab, point: Point) -> Json:
+    """The account of a search."""
+    return {
+        "runtime": lab.backend,
+        "held_back_samples": len(lab.held),
+        "candidates": [p.told for p in lab.points],
+        "pareto": [p.name for p in pareto(lab.points)],
+        "float_score": lab.float_score and lab.float_score.score.value,
+        "chosen": point.told,
+    }
+
+
+def _why(
+    graph: Graph, options: QuantizeOptions, candidates: Mapping[str, Variant], written: Variant
+) -> dict[str, str]:
+    """Why nodes of the operators that were tried are in float all the same."""
+    tried = {name for variant in candidates.values() for name in variant.nodes}
+    named = placement.chosen(graph, SCOPES["all"]) if options.nodes_to_exclude else ()
+    left = {name for name in named if any(fnmatchcase(name, p) for p in options.nodes_to_exclude)}
+    back = dict.fromkeys(tried - set(written.nodes), "in float by measurement")
+    return back | dict.fromkeys(left, "left out by request")
+
+
+def _held_back(data: Dataset) -> tuple[Dataset, Dataset | None]:
+    """The samples to calibrate on, and those to choose on; None where there are too few."""
+    if len(data) < FEWEST:
+        return data, None
+    return data.split(max(HELD_SHARE, len(data) // HELD_AT_MOST))
+
+
+def _candidates(graph: Graph, options: QuantizeOptions, *, chooses: bool) -> dict[str, Variant]:
+    """Variants by name; scopes that come to the same nodes are tried once."""
+    scopes, methods = options.scopes, options.methods
+    if not chooses:
+        standard = preset(options.target).scope
+        name = standard if len(scopes) > 1 else next(iter(scopes))
+        scopes = {name: scopes[name]}
+        methods = methods if len(methods) == 1 else (COMMON,)
+    found: dict[str, Variant] = {}
+    taken: set[tuple[str, ...]] = set()
+    for name, op_types in scopes.items():
+        nodes = _nodes(graph, op_types, options)
+        if nodes not in taken:
+            taken.add(nodes)
+            found |= {f"{name}-{m}": Variant(nodes, m, options.percentile) for m in methods}
+    return found
+
+
+def _nodes(graph: Graph, op_types: tuple[str, ...], options: QuantizeOptions) -> tuple[str, ...]:
+    return placement.chosen(
+        graph, op_types, include=options.nodes_to_quantize, exclude=options.nodes_to_exclude
     )
 
 
-def _op_types(asked: tuple[str, ...], chosen: Preset) -> tuple[str, ...]:
-    known = _ort_quantizer.default_op_types()
+def _check_op_types(asked: tuple[str, ...]) -> None:
+    known = SCOPES["all"]
     for name in asked:
         if name not in known:
             raise UsageError(
                 f"operator type {name!r} cannot be quantized", hint=did_you_mean(name, known)
             )
-    return asked or chosen.op_types or known
 
 
-def _huge(ranges: Ranges) -> list[str]:
-    return [name for name, (low, high) in ranges.items() if max(abs(low), abs(high)) > HUGE]
-
-
-def _check(path: Path, source: Artifact, data: Dataset) -> None:
-    """Load and run the result. Raises StageError: it does not load, or gives NaN."""
-    onnx_file.read(path)
-    artifact = source.model_copy(update={"path": path, "precision": "int8"})
-    batch = source.inputs[0].shape[0]
-    size = batch if isinstance(batch, int) else 1
-    feed, _ = next(data.batches(size))
-    feed = {name: padded(array, size) for name, array in feed.items()}
-    with open_session(artifact, "ort-cpu") as session:
-        for name, array in session.run(feed).items():
-            if not np.isfinite(array).all():
-                raise StageError(
-                    f"output {name!r} of the quantized model has NaN or infinite values",
-                    hint="leave the nodes with huge ranges out with --nodes-to-exclude",
-                )
+def _runtime(target: Target) -> str:
+    """The backend on which candidates run: the target's own where it runs here."""
+    if target == "tensorrt" or backend(target).unavailable():
+        return "ort-cpu"
+    return target

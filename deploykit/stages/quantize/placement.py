@@ -1,78 +1,195 @@
-"""Which nodes to quantize, and what became of them."""
+"""Where Q/DQ pairs go: which nodes compute on integers, and which tensors they read and write."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from fnmatch import fnmatch
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from deploykit.errors import UsageError, did_you_mean
-from deploykit.values import Json
+from deploykit.stages.quantize.graph import Graph, channel_axis
+from deploykit.stages.quantize.presets import COMPUTE, Preset
 
 if TYPE_CHECKING:
     import onnx
 
-COMPUTE = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
-"""Operators that hold nearly all multiply-accumulates."""
-FUSED = frozenset({"Relu", "Clip", "LeakyRelu", "PRelu"})
-"""Activation functions that runtimes fuse into the node before them."""
+FUSED = frozenset({"Relu", "Clip"})
+"""Activation functions that runtimes fuse into the node before them: the pair goes behind."""
+MOVES = frozenset({
+    "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "MaxPool", "Slice", "Split",
+    "DepthToSpace", "SpaceToDepth",
+})  # fmt: skip
+"""They pass values on unchanged: what comes out keeps the grid of what went in."""
+FLOAT_RESULTS = frozenset({"MatMul", "Gemm"})
+"""ONNX Runtime's kernels for these can read integers and write float."""
 
 
-def excluded(model: onnx.ModelProto, patterns: Sequence[str]) -> tuple[str, ...]:
-    """Names of the nodes that the patterns leave in float. Raises UsageError: one matches none."""
-    names = [node.name for node in model.graph.node]
-    for pattern in patterns:
-        if not any(fnmatch(name, pattern) for name in names):
-            raise UsageError(
-                f"no node matches {pattern!r}", hint=did_you_mean(pattern, [n for n in names if n])
-            )
-    return tuple(n for n in names if any(fnmatch(n, pattern) for pattern in patterns))
+@dataclass
+class Plan:
+    """What to quantize. Tensors are named as in the float graph."""
+
+    nodes: dict[str, str] = field(default_factory=dict)
+    """Node name to its part: "integer", "fused" into the node before it, or "moves" integers."""
+    written: set[str] = field(default_factory=set)
+    """Activations that exist as integers only: all readers get the dequantized ones."""
+    read: dict[str, set[str]] = field(default_factory=dict)
+    """Other activations that the named nodes read dequantized."""
+    weights: dict[tuple[str, int], int | None] = field(default_factory=dict)
+    """(node, input) of constant operands to their channel axis; None for one scale in all."""
+    biases: set[str] = field(default_factory=set)
+    """Nodes whose third input is a constant bias."""
+    same: dict[str, str] = field(default_factory=dict)
+    """Tensor behind a move to the tensor whose grid it shares."""
+
+    @property
+    def tensors(self) -> set[str]:
+        """Activations that need a grid of their own."""
+        return (self.written | set(self.read)) - set(self.same)
+
+    def root(self, tensor: str) -> str:
+        """The tensor whose grid this one has."""
+        while tensor in self.same:
+            tensor = self.same[tensor]
+        return tensor
 
 
-def float_tensors(model: onnx.ModelProto, op_types: Sequence[str]) -> set[str]:
-    """Float32 activations that a node of these types reads or writes."""
-    import onnx
+def chosen(
+    graph: Graph,
+    op_types: Collection[str],
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> tuple[str, ...]:
+    """Names of the nodes of these types that the patterns take in and do not leave out.
 
-    known = [*model.graph.value_info, *model.graph.input, *model.graph.output]
-    floats = {v.name for v in known if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
-    floats -= {tensor.name for tensor in model.graph.initializer}
-    touched = {
-        name
-        for node in model.graph.node
-        if node.op_type in op_types
-        for name in (*node.input, *node.output)
-    }
-    return floats & touched
-
-
-def account(model: onnx.ModelProto, source: onnx.ModelProto, left_out: Sequence[str]) -> Json:
-    """Facts of a quantized graph: what runs on quantized inputs, what stayed in float and why.
-
-    An activation function between a quantized node and a QuantizeLinear belongs to that node.
+    Raises UsageError: a pattern matches no node.
     """
-    producers = {out: node for node in model.graph.node for out in node.output}
-    consumers: dict[str, list[str]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            consumers.setdefault(name, []).append(node.op_type)
-    quantized: Counter[str] = Counter()
-    kept: list[dict[str, str]] = []
-    for node in model.graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+    for pattern in (*include, *exclude):
+        if not any(fnmatchcase(name, pattern) for name in graph.nodes):
+            raise UsageError(
+                f"no node matches {pattern!r}", hint=did_you_mean(pattern, graph.nodes)
+            )
+    return tuple(
+        name
+        for name, node in graph.nodes.items()
+        if node.op_type in op_types
+        and (not include or any(fnmatchcase(name, p) for p in include))
+        and not any(fnmatchcase(name, p) for p in exclude)
+    )
+
+
+def plan(
+    graph: Graph, names: Collection[str], preset: Preset, *, barred: Collection[str] = ()
+) -> Plan:
+    """Place pairs around the named nodes as the target wants them.
+
+    A node stays in float if a tensor that it reads or writes is no float32 activation or is
+    `barred` (it holds masks, which no range can have beside ordinary values).
+    """
+    made = Plan()
+    for name in names:
+        if unfit(graph, name, barred, preset) is None:
+            _take(graph, graph.nodes[name], preset, made)
+    if preset.outputs:
+        _pass_on(graph, made, barred)
+    return made
+
+
+def unfit(graph: Graph, name: str, barred: Collection[str], preset: Preset) -> str | None:
+    """Why a node cannot compute on integers, or None."""
+    node = graph.nodes[name]
+    if preset.outputs and node.op_type not in COMPUTE and _result(graph, node) in graph.outputs:
+        return "an output of the model is not worth rounding"
+    activations = [n for n in _operands(node) if n not in graph.constants]
+    if masks := [n for n in (*activations, node.output[0]) if n in barred]:
+        return f"{masks[0]!r} holds masks or infinite values"
+    if not activations:
+        return "it reads constants only"
+    odd = [n for n in (*activations, node.output[0]) if n not in graph.floats]
+    if odd:
+        return f"{odd[0]!r} is not known to be float32"
+    if any(n in graph.constants and graph.constant(n) is None for n in _operands(node)):
+        return "a constant is not float32"
+    return None
+
+
+def _operands(node: onnx.NodeProto) -> list[str]:
+    """Inputs that carry values: not the bias, nor shapes and bounds."""
+    if node.op_type in ("Add", "Mul", "Concat"):
+        return [name for name in node.input if name]
+    return [name for name in node.input[: 2 if node.op_type in COMPUTE else 1] if name]
+
+
+def _take(graph: Graph, node: onnx.NodeProto, preset: Preset, made: Plan) -> None:
+    made.nodes[node.name] = "integer"
+    for index, name in enumerate(_operands(node)):
+        if name not in graph.constants:
+            if preset.outputs or _joins_as_integer(graph, node, index):
+                made.read.setdefault(name, set()).add(node.name)
+        elif node.op_type in COMPUTE:
+            axis = channel_axis(node) if index == 1 and _per_channel(graph, node) else None
+            made.weights[node.name, index] = axis
+        elif preset.outputs:
+            made.weights[node.name, index] = None
+    bias = node.input[2] if node.op_type in COMPUTE and len(node.input) > 2 else ""
+    if graph.constant(bias) is not None:
+        made.biases.add(node.name)
+    if preset.outputs and node.op_type not in FLOAT_RESULTS:
+        result = _result(graph, node)
+        made.written.add(result)
+        if result != node.output[0]:
+            made.nodes[graph.producers[result].name] = "fused"
+
+
+def _per_channel(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether the weights have an axis of output channels that each target takes a scale for."""
+    dims = graph.constants[node.input[1]].dims
+    groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+    if node.op_type == "ConvTranspose":
+        return groups == 1
+    return len(dims) == 2 or node.op_type == "Conv"
+
+
+def _joins_as_integer(graph: Graph, node: onnx.NodeProto, index: int) -> bool:
+    """Whether a target that fuses adds wants this operand as integers.
+
+    One operand of a residual add stays in float: it is the sum inside the convolution into which
+    the add is fused.
+    """
+    if node.op_type != "Add":
+        return True
+    fusing = [
+        number
+        for number, name in enumerate(node.input)
+        if name in graph.producers
+        and graph.producers[name].op_type in COMPUTE
+        and graph.only_consumer(name) is not None
+    ]
+    return bool(fusing) and index != fusing[0]
+
+
+def _result(graph: Graph, node: onnx.NodeProto) -> str:
+    """The tensor behind a node and the activation function that is fused into it."""
+    result = node.output[0]
+    follower = graph.only_consumer(result)
+    if follower is None or follower.op_type not in FUSED or follower.input[0] != result:
+        return str(result)
+    return str(follower.output[0])
+
+
+def _pass_on(graph: Graph, made: Plan, barred: Collection[str]) -> None:
+    """Let moves between two integer tensors move integers, and give both the same grid."""
+    for name, node in graph.nodes.items():
+        source = node.input[0] if node.input else ""
+        if node.op_type not in MOVES or source not in made.written:
             continue
-        reads = [producers.get(name) for name in node.input[:2] if name]
-        inside = bool(reads) and all(p and p.op_type == "DequantizeLinear" for p in reads)
-        feeds = [kind for name in node.output for kind in consumers.get(name, [])]
-        fused = node.op_type in FUSED and set(feeds) == {"QuantizeLinear"}
-        if inside or fused:
-            quantized[node.op_type] += 1
-        else:
-            why = "left out by request" if node.name in left_out else "not quantized by the preset"
-            kept.append({"node": node.name, "operator": node.op_type, "reason": why})
-    return {
-        "quantized_operators": dict(quantized.most_common()),
-        "float_nodes": kept,
-        "compute_nodes": sum(node.op_type in COMPUTE for node in source.graph.node),
-        "compute_nodes_quantized": sum(quantized[op] for op in COMPUTE),
-    }
+        results = [out for out in node.output if out]
+        wanted = any(out in made.read for out in results)
+        if wanted and all(out in graph.floats and out not in barred for out in results):
+            made.nodes[name] = "moves"
+            for out in results:
+                made.written.add(out)
+                made.same[out] = source
+    for tensor in made.written:
+        made.read.pop(tensor, None)

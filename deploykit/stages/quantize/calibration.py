@@ -1,0 +1,98 @@
+"""Run the model over the calibration data once, and keep an exact histogram of each tensor."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploykit._lazy import needs
+from deploykit.dataset import Dataset, padded
+from deploykit.environment import read as read_environment
+from deploykit.errors import InputError
+from deploykit.stages.quantize.histogram import Histogram
+from deploykit.values import Array
+
+if TYPE_CHECKING:
+    import onnx
+
+Calibration = Mapping[str, Histogram]
+"""Tensor name to what its values were."""
+
+Progress = Callable[[int, int], None]
+"""Called with samples done and samples in all."""
+
+
+def observe(
+    model: onnx.ModelProto,
+    tensors: Iterable[str],
+    data: Dataset,
+    *,
+    binned: bool = True,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Histograms of the tensors over all samples; with `binned=False` their extremes only.
+
+    Samples are run one at a time (a model of fixed batch takes whole batches, the last one padded
+    with its last sample), so the result depends neither on how the data comes in batches nor on its
+    order, and the memory not on how much there is.
+
+    Raises InputError: a tensor takes NaN on the data.
+    """
+    names = sorted(set(tensors))
+    seen = {name: Histogram() for name in names}
+    batch = _fixed_batch(model)
+    session = _session(model, names)
+
+    def count(outputs: list[Array]) -> None:
+        for name, values in zip(names, outputs, strict=True):
+            try:
+                seen[name].add(values, binned=binned)
+            except ValueError as error:
+                raise InputError(
+                    f"tensor {name!r}: {error} on the calibration data",
+                    hint="check the preprocessing; the float model is broken on this data",
+                ) from error
+
+    done = 0
+    for feed, _ in data.batches(batch):
+        count(session.run(names, {n: padded(a, batch) for n, a in feed.items()}))
+        done += len(next(iter(feed.values())))
+        if progress:
+            progress(done, len(data))
+    return seen
+
+
+def _fixed_batch(model: onnx.ModelProto) -> int:
+    """The first axis of the first input, 1 where it is dynamic."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    for value in model.graph.input:
+        shape = value.type.tensor_type.shape.dim
+        if value.name not in weights and shape:
+            return max(int(shape[0].dim_value), 1)
+    return 1
+
+
+def _session(model: onnx.ModelProto, names: list[str]) -> Any:
+    """A session that returns these tensors, loaded from a file: no second copy in memory."""
+    with needs("onnxruntime"):
+        import onnxruntime as ort
+    import onnx
+
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = read_environment().cores
+    settings.log_severity_level = 3
+    own = list(model.graph.output)
+    try:
+        del model.graph.output[:]
+        model.graph.output.extend(
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "observed.onnx"
+            onnx.save(model, path)
+            return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    finally:
+        del model.graph.output[:]
+        model.graph.output.extend(own)

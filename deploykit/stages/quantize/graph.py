@@ -1,0 +1,139 @@
+"""A view of an ONNX graph: who makes and who reads each tensor, and what is constant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from deploykit.values import Array
+
+if TYPE_CHECKING:
+    import onnx
+
+
+@dataclass
+class Graph:
+    """The main graph of a model whose nodes have names of their own; see `name_nodes`."""
+
+    model: onnx.ModelProto
+
+    @cached_property
+    def nodes(self) -> dict[str, onnx.NodeProto]:
+        """Nodes by name, in the order of the graph."""
+        return {node.name: node for node in self.model.graph.node}
+
+    @cached_property
+    def constants(self) -> dict[str, onnx.TensorProto]:
+        """Initializers by name."""
+        return {tensor.name: tensor for tensor in self.model.graph.initializer}
+
+    @cached_property
+    def producers(self) -> dict[str, onnx.NodeProto]:
+        """The node that makes a tensor."""
+        return {name: node for node in self.model.graph.node for name in node.output if name}
+
+    @cached_property
+    def consumers(self) -> dict[str, list[onnx.NodeProto]]:
+        """The nodes of the main graph that read a tensor."""
+        found: dict[str, list[onnx.NodeProto]] = {}
+        for node in self.model.graph.node:
+            for name in dict.fromkeys(node.input):
+                found.setdefault(name, []).append(node)
+        return found
+
+    @cached_property
+    def captured(self) -> set[str]:
+        """Tensors that subgraphs may read from outside."""
+        return {
+            name
+            for node in self.model.graph.node
+            for inner in subgraph_nodes(node)
+            for name in inner.input
+        }
+
+    @cached_property
+    def outputs(self) -> set[str]:
+        """Names of the graph's outputs."""
+        return {value.name for value in self.model.graph.output}
+
+    @cached_property
+    def floats(self) -> set[str]:
+        """Float32 activations: inputs, outputs and what lies between, as far as types are known."""
+        import onnx
+
+        graph = self.model.graph
+        known = [*graph.value_info, *graph.input, *graph.output]
+        named = {v.name for v in known if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+        return named - set(self.constants)
+
+    def constant(self, name: str) -> Array | None:
+        """The value of a float32 initializer, or None."""
+        import onnx
+
+        tensor = self.constants.get(name)
+        if tensor is None or tensor.data_type != onnx.TensorProto.FLOAT:
+            return None
+        value: Array = onnx.numpy_helper.to_array(tensor)
+        return value
+
+    def only_consumer(self, name: str) -> onnx.NodeProto | None:
+        """The one reader of a tensor that nothing else needs, or None."""
+        readers = self.consumers.get(name, [])
+        free = name not in self.outputs and name not in self.captured
+        return readers[0] if free and len(readers) == 1 else None
+
+
+def subgraph_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+    """Nodes inside the branches and bodies of a node, at any depth."""
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            for inner in graph.node:
+                yield inner
+                yield from subgraph_nodes(inner)
+
+
+def name_nodes(model: onnx.ModelProto) -> None:
+    """Give each node of the main graph a name of its own, in place; names that are stay."""
+    taken: set[str] = set()
+    for number, node in enumerate(model.graph.node):
+        if not node.name or node.name in taken:
+            node.name = f"{node.op_type}_{number}"
+        while node.name in taken:
+            node.name += "_"
+        taken.add(node.name)
+
+
+def channel_axis(node: onnx.NodeProto) -> int:
+    """The axis of the weights that counts output channels."""
+    if node.op_type == "Gemm":
+        turned = any(a.name == "transB" and a.i for a in node.attribute)
+        return 0 if turned else 1
+    return {"Conv": 0, "ConvTranspose": 1}.get(node.op_type, -1)
+
+
+def multiply_accumulates(model: onnx.ModelProto, graph: Graph) -> dict[str, int]:
+    """Multiply-accumulates of each compute node for one sample; 0 where shapes are not known."""
+    sizes = {
+        value.name: [d.dim_value or 1 for d in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.value_info, *model.graph.input, *model.graph.output)
+    }
+    sizes |= {name: list(tensor.dims) for name, tensor in graph.constants.items()}
+    return {name: _count(node, sizes) for name, node in graph.nodes.items()}
+
+
+def _count(node: onnx.NodeProto, sizes: dict[str, list[int]]) -> int:
+    if node.op_type not in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
+        return 0
+    left, right, out = (sizes.get(n) for n in (*node.input[:2], node.output[0]))
+    if not left or not right or not out:
+        return 0
+    if node.op_type == "Conv":
+        return int(np.prod(out) * np.prod(right[1:]))
+    if node.op_type == "ConvTranspose":
+        return int(np.prod(left) * np.prod(right[1:]))
+    turned = any(a.name == "transA" and a.i for a in node.attribute)
+    return int(np.prod(out) * left[0 if turned else -1])

@@ -1,0 +1,199 @@
+"""Candidates of one model on the runtime that they are for: written, run, timed, scored."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from deploykit.backends import open_session
+from deploykit.dataset import Dataset
+from deploykit.environment import read as read_environment
+from deploykit.evaluation import collect, evaluate, metric_identity
+from deploykit.metrics import drop
+from deploykit.session import Session
+from deploykit.stages.quantize.workshop import Variant, Workshop
+from deploykit.store import digest_of
+from deploykit.values import Array, Artifact, Interval, Json, Score, SessionOptions
+
+ROUNDS = 21
+"""Interleaved timings of each candidate."""
+
+Talk = Callable[[str, int, int], None]
+"""Told what goes on, how many parts are done, and of how many."""
+
+
+@dataclass(frozen=True)
+class Promise:
+    """How much of a score may be lost, and on which data that is checked."""
+
+    data: Dataset
+    metric: str
+    max_drop: float
+    relative: bool = False
+    """`max_drop` is a share of the float model's score, not units of the metric."""
+
+    @property
+    def digest(self) -> str:
+        """Of everything that decides whether it is kept."""
+        terms = [self.data.digest, metric_identity(self.metric), self.max_drop, self.relative]
+        return digest_of({"terms": terms})
+
+    def limit(self, reference: Score) -> float:
+        """The drop allowed, in units of the metric."""
+        return self.max_drop * abs(reference.score.value) if self.relative else self.max_drop
+
+
+@dataclass(frozen=True)
+class Point:
+    """A candidate and what was measured of it."""
+
+    name: str
+    variant: Variant
+    artifact: Artifact
+    sqnr_db: float
+    """Of all outputs on the held-back samples, against the float model."""
+    score: float | None = None
+    drop: Interval | None = None
+    time_ratio: float | None = None
+    """Time over the float model's on the same runtime, one sample, one thread."""
+
+    @property
+    def told(self) -> Json:
+        """As facts."""
+        return {
+            "name": self.name,
+            "sqnr_db": round(self.sqnr_db, 2),
+            "score": self.score,
+            "drop": self.drop and self.drop.value,
+            "time_ratio": self.time_ratio and round(self.time_ratio, 3),
+            "size_bytes": self.artifact.path.stat().st_size,
+        }
+
+
+@dataclass
+class Lab:
+    """Where candidates of one model are written, run, timed and scored."""
+
+    shop: Workshop
+    backend: str
+    held: Dataset
+    promise: Promise | None
+    folder: Path
+    talk: Talk
+    points: list[Point] = field(default_factory=list)
+    float_score: Score | None = None
+
+    def __post_init__(self) -> None:
+        self.options = SessionOptions(threads=read_environment().cores)
+        with self._open(self.shop.source) as session:
+            self.reference, _ = collect(session, self.held, batch_size=1)
+            if self.promise:
+                self.float_outputs, _ = collect(session, self.promise.data, batch_size=1)
+                self.float_score = self._scored(session)
+
+    def _open(self, artifact: Artifact, threads: int | None = None) -> Session:
+        options = SessionOptions(threads=threads) if threads else self.options
+        return open_session(artifact, self.backend, options)
+
+    def _scored(self, session: Session) -> Score:
+        assert self.promise  # noqa: S101 - nobody scores without one
+        return evaluate(
+            session,
+            self.promise.data,
+            self.promise.metric,
+            reference=self.float_outputs,
+            batch_size=1,
+        )
+
+    def written(self, name: str, variant: Variant) -> Artifact:
+        """Write a candidate."""
+        return self.shop.write(variant, self.folder / f"{name}.onnx")
+
+    def follow(self, artifact: Artifact, samples: Dataset | None = None) -> float:
+        """Signal to quantization noise over all outputs in dB. Raises InputError: it does not run.
+
+        Each output counts alike: the noise is taken relative to the output's own power.
+        """
+        with self._open(artifact) as session:
+            have, _ = collect(session, samples or self.held, batch_size=1)
+        noise = [_noise(self.reference[name][: len(have[name])], have[name]) for name in have]
+        return -10 * math.log10(max(float(np.mean(noise)), 1e-12))
+
+    def try_out(self, name: str, variant: Variant) -> Point | None:
+        """Write and run a candidate; None if it gives NaN."""
+        artifact = self.written(name, variant)
+        sqnr = self.follow(artifact)
+        if math.isnan(sqnr):
+            return None
+        point = Point(name, variant, artifact, sqnr)
+        self.points.append(point)
+        return point
+
+    def timed(self, points: Sequence[Point]) -> list[Point]:
+        """The points with their times over the float model's, all interleaved, one thread."""
+        feed, _ = next(self.held.batches(_batch(self.shop.source)))
+        artifacts = [self.shop.source, *(point.artifact for point in points)]
+        sessions = [self._open(artifact, 1) for artifact in artifacts]
+        calls = [session.prepare(feed) for session in sessions]
+        for call in calls * 3:
+            call()
+        times = np.empty((ROUNDS, len(calls)))
+        order = np.random.default_rng(0)
+        for row in times:
+            for number in order.permutation(len(calls)):
+                started = time.perf_counter()
+                calls[number]()
+                row[number] = time.perf_counter() - started
+        ratios = np.exp(np.median(np.log(times / times[:, :1]), axis=0))
+        return [
+            self.know(replace(point, time_ratio=float(ratio)))
+            for point, ratio in zip(points, ratios[1:], strict=True)
+        ]
+
+    def scored(self, point: Point) -> Point:
+        """The point with its score on the evaluation data, in the deployed runtime."""
+        assert self.float_score  # noqa: S101 - nobody scores without a promise
+        with self._open(point.artifact) as session:
+            score = self._scored(session)
+        lost = drop(self.float_score, score)
+        return self.know(replace(point, score=score.score.value, drop=lost))
+
+    def keeps(self, point: Point) -> bool:
+        """Whether a scored point keeps the promise."""
+        assert self.promise and self.float_score and point.drop  # noqa: S101, PT018
+        return point.drop.value <= self.promise.limit(self.float_score)
+
+    def know(self, point: Point) -> Point:
+        """Keep what is known now in place of what was."""
+        self.points = [point if p.name == point.name else p for p in self.points]
+        return point
+
+
+def pareto(points: Sequence[Point]) -> list[Point]:
+    """Scored points that no other beats in both drop and time, fastest first."""
+
+    def key(point: Point) -> tuple[float, float]:
+        return point.time_ratio or math.inf, point.drop.value if point.drop else math.inf
+
+    best: list[Point] = []
+    for point in sorted((p for p in points if p.drop), key=key):
+        if not best or key(point)[1] < key(best[-1])[1]:
+            best.append(point)
+    return best
+
+
+def _noise(reference: Array, candidate: Array) -> float:
+    """Power of the difference over the power of the reference."""
+    r, c = reference.astype(np.float64), candidate.astype(np.float64)
+    power = float((r**2).sum())
+    return float(((r - c) ** 2).sum()) / power if power else float(((r - c) ** 2).sum())
+
+
+def _batch(source: Artifact) -> int:
+    first = source.inputs[0].shape[0]
+    return first if isinstance(first, int) else 1

@@ -1,0 +1,125 @@
+"""A graph that quantization can work on: opset lifted, constants and batch norms folded, shapes."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deploykit._lazy import needs
+from deploykit.formats import onnx_file
+from deploykit.stages.quantize.graph import name_nodes, subgraph_nodes
+
+if TYPE_CHECKING:
+    import onnx
+
+OPSET = 17
+"""Models below opset 13 are lifted to this: DequantizeLinear has an axis from 13 on."""
+
+
+def prepare(path: Path) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """The float graph with names on all nodes, and what was done to it, one sentence each.
+
+    Raises InputError: not a sound ONNX file.
+    """
+    import onnx
+    import onnx.version_converter
+
+    model = onnx_file.read(path)
+    told: list[str] = []
+    if (before := onnx_file.opset(model)) < 13:
+        model = onnx.version_converter.convert_version(model, OPSET)
+        told.append(f"opset lifted from {before} to {OPSET}")
+    if count := _affine(model):
+        told.append(f"{count} Sub and Div by a constant written as Add and Mul")
+    with tempfile.TemporaryDirectory() as folder:
+        source = path
+        if told:
+            source = Path(folder) / "changed.onnx"
+            onnx.save(model, source)
+        del model
+        prepared, way = _folded(source, Path(folder) / "prepared.onnx")
+    name_nodes(prepared)
+    return prepared, (*told, way)
+
+
+def _affine(model: onnx.ModelProto) -> int:
+    """Write x - c as x + (-c) and x / c as x * (1 / c), in place; how many.
+
+    ONNX Runtime folds Add and Mul into the convolution before them, Sub and Div not: an unfused
+    batch norm would keep its convolution's range, and a pair, apart from what follows.
+    """
+    import onnx
+
+    constants = {t.name: t for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            constants[node.output[0]] = node.attribute[0].t
+    changed = 0
+    for node in model.graph.node:
+        tensor = constants.get(node.input[1]) if node.op_type in ("Sub", "Div") else None
+        if tensor is None or tensor.data_type != onnx.TensorProto.FLOAT:
+            continue
+        value = onnx.numpy_helper.to_array(tensor)
+        if node.op_type == "Div" and not value.all():
+            continue
+        name = f"{node.output[0]}_{node.op_type.lower()}"
+        turned = -value if node.op_type == "Sub" else 1 / value
+        model.graph.initializer.append(onnx.numpy_helper.from_array(turned, name))
+        node.op_type = "Add" if node.op_type == "Sub" else "Mul"
+        node.input[1] = name
+        changed += 1
+    if changed:
+        _drop_unused(model)
+    return changed
+
+
+def _drop_unused(model: onnx.ModelProto) -> None:
+    """Remove the initializers and Constant nodes that nothing reads, in place."""
+    nodes = list(model.graph.node)
+    read = {name for node in nodes for name in node.input}
+    read |= {name for node in nodes for inner in subgraph_nodes(node) for name in inner.input}
+    read |= {value.name for value in model.graph.output}
+    for kept, items in (
+        ([t for t in model.graph.initializer if t.name in read], model.graph.initializer),
+        ([n for n in nodes if n.op_type != "Constant" or n.output[0] in read], model.graph.node),
+    ):
+        if len(kept) < len(items):
+            copies = [type(item).FromString(item.SerializeToString()) for item in kept]
+            del items[:]
+            items.extend(copies)
+
+
+def _folded(source: Path, target: Path) -> tuple[onnx.ModelProto, str]:
+    """ONNX Runtime's own preparation; its symbolic shape inference fails on several real models."""
+    import onnx
+
+    with needs("onnxruntime"), _quiet():
+        from onnxruntime.quantization.quant_utils import load_model_with_shape_infer
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+    for way, skip in (("symbolic shapes", False), ("without symbolic shapes", True)):
+        try:
+            with _quiet():
+                quant_pre_process(source, target, skip_symbolic_shape=skip)
+                return load_model_with_shape_infer(target), f"folded, {way}"
+        except Exception:  # noqa: BLE001, S112 - it raises many kinds; the way taken is a fact
+            continue
+    model = onnx.shape_inference.infer_shapes(onnx.load(source))
+    return model, "not folded: ONNX Runtime's pass fails on it"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the tools' prints and root-logger lines off the user's terminal."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(StringIO()):
+            yield
+    finally:
+        root.setLevel(level)

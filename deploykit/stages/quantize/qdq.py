@@ -1,0 +1,224 @@
+"""Write a plan into a graph: explicit QuantizeLinear and DequantizeLinear pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deploykit.stages.quantize.graph import Graph
+from deploykit.stages.quantize.levels import Grid, Levels
+from deploykit.stages.quantize.placement import Plan
+from deploykit.stages.quantize.presets import COMPUTE, Preset
+from deploykit.values import Array
+
+if TYPE_CHECKING:
+    import onnx
+
+LARGEST_BIAS = 2**31 - 1
+SMALLEST_SHARE = 1e-6
+"""A channel's scale as a share of the largest one, at least."""
+_TYPES = {"uint8": np.uint8, "int8": np.int8}
+
+
+def write(graph: Graph, made: Plan, grids: Mapping[str, Grid], preset: Preset) -> onnx.ModelProto:
+    """A copy of the model with the pairs of the plan; `grids` are those of `made.tensors`."""
+    import onnx
+
+    writer = _Writer(graph, made, grids, preset)
+    nodes = writer.nodes()
+    model = onnx.ModelProto()
+    model.CopyFrom(_without_weights(graph.model))
+    del model.graph.node[:]
+    model.graph.node.extend([*writer.first, *nodes])
+    used = {name for node in nodes for name in node.input} | {
+        name for node in writer.first for name in node.input
+    }
+    used |= graph.captured | graph.outputs
+    model.graph.initializer.extend(t for n, t in graph.constants.items() if n in used)
+    model.graph.initializer.extend(writer.added.values())
+    return model
+
+
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Everything of a model but its nodes and initializers, without copying those."""
+    import onnx
+
+    bare = onnx.ModelProto()
+    for name in ("ir_version", "producer_name", "producer_version", "domain", "model_version"):
+        setattr(bare, name, getattr(model, name))
+    bare.opset_import.extend(model.opset_import)
+    bare.functions.extend(model.functions)
+    bare.metadata_props.extend(model.metadata_props)
+    bare.graph.name = model.graph.name or "graph"
+    bare.graph.input.extend(model.graph.input)
+    bare.graph.output.extend(model.graph.output)
+    bare.graph.value_info.extend(model.graph.value_info)
+    bare.graph.sparse_initializer.extend(model.graph.sparse_initializer)
+    return bare
+
+
+class _Writer:
+    """Nodes and constants of the quantized graph, in the making."""
+
+    def __init__(self, graph: Graph, made: Plan, grids: Mapping[str, Grid], preset: Preset) -> None:
+        self.graph, self.plan, self.grids, self.preset = graph, made, grids, preset
+        self.first: list[onnx.NodeProto] = []
+        """Dequantized constants: they come before all nodes."""
+        self.added: dict[str, onnx.TensorProto] = {}
+        self._activation = _TYPES[preset.activation]
+
+    def grid(self, tensor: str) -> Grid:
+        return self.grids[self.plan.root(tensor)]
+
+    def nodes(self) -> list[onnx.NodeProto]:
+        """All nodes in order, with a pair behind each tensor that wants one."""
+        import onnx
+
+        result: list[onnx.NodeProto] = []
+        for value in self.graph.model.graph.input:
+            result += self._pair(value.name)
+        for node in self.graph.nodes.values():
+            copy = onnx.NodeProto()
+            copy.CopyFrom(node)
+            self._rewire(copy)
+            result.append(copy)
+            for index, name in enumerate(node.output):
+                if name in self.plan.written:
+                    copy.output[index] = f"{name}_float"
+                result += self._pair(name)
+        return result
+
+    def _pair(self, tensor: str) -> list[onnx.NodeProto]:
+        if tensor in self.plan.written:
+            return self._quantized(tensor, f"{tensor}_float", tensor)
+        if tensor in self.plan.read:
+            return self._quantized(tensor, tensor, f"{tensor}_dequantized")
+        return []
+
+    def _quantized(self, tensor: str, source: str, target: str) -> list[onnx.NodeProto]:
+        import onnx
+
+        grid = self.grid(tensor)
+        root = self.plan.root(tensor)
+        scale = self._constant(f"{root}_scale", np.array(grid.scale, np.float32))
+        zero = self._constant(f"{root}_zero_point", np.array(grid.zero_point, self._activation))
+        integer = f"{tensor}_quantized"
+        return [
+            onnx.helper.make_node(
+                "QuantizeLinear", [source, scale, zero], [integer], f"{tensor}_QuantizeLinear"
+            ),
+            onnx.helper.make_node(
+                "DequantizeLinear", [integer, scale, zero], [target], f"{tensor}_DequantizeLinear"
+            ),
+        ]
+
+    def _rewire(self, node: onnx.NodeProto) -> None:
+        """Let a node read dequantized activations, weights and bias."""
+        original = list(node.input)
+        for index, name in enumerate(original):
+            if node.name in self.plan.read.get(name, ()):
+                node.input[index] = f"{name}_dequantized"
+            elif (node.name, index) in self.plan.weights:
+                node.input[index] = self._weights(node.name, index, original)
+        if node.name in self.plan.biases and self.preset.quantize_bias:
+            node.input[2] = self._bias(node.name, original)
+
+    def _weights(self, name: str, index: int, inputs: list[str]) -> str:
+        axis = self.plan.weights[name, index]
+        tensor = inputs[index]
+        values = self.graph.constant(tensor)
+        assert values is not None  # noqa: S101 - `placement.unfit` has checked it
+        if self.graph.nodes[name].op_type not in COMPUTE:
+            grid = self.preset.levels.fitted(
+                min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+            )
+            level = np.rint(values / grid.scale) + grid.zero_point
+            integers = np.clip(level, grid.levels.lowest, grid.levels.highest)
+            return self._dequantized(
+                tensor,
+                integers.astype(self._activation),
+                np.array(grid.scale, np.float32),
+                grid.zero_point,
+            )
+        scale = self.weight_scale(name, index, inputs)
+        integers = integer_weights(values, scale, axis, self.preset.weight_levels)
+        return self._dequantized(tensor, integers.astype(np.int8), scale, 0, axis)
+
+    def weight_scale(self, name: str, index: int, inputs: list[str]) -> Array:
+        """One scale a channel, or one for all; wide enough for an int32 bias."""
+        axis = self.plan.weights[name, index]
+        values = self.graph.constant(inputs[index])
+        assert values is not None  # noqa: S101
+        scale = weight_scales(values, axis, self.preset.weight_levels)
+        if name in self.plan.biases and self.preset.quantize_bias:
+            bias = self.graph.constant(inputs[2])
+            assert bias is not None  # noqa: S101
+            least = np.abs(bias) / (self.grid(inputs[0]).scale * LARGEST_BIAS)
+            scale = np.maximum(scale, least if scale.ndim else least.max(initial=0.0))
+        return scale.astype(np.float32)
+
+    def _bias(self, name: str, inputs: list[str]) -> str:
+        bias = self.graph.constant(inputs[2])
+        assert bias is not None  # noqa: S101
+        scale = np.float32(self.grid(inputs[0]).scale) * self.weight_scale(name, 1, inputs)
+        integers = np.clip(np.rint(bias / scale), -LARGEST_BIAS, LARGEST_BIAS).astype(np.int32)
+        axis = 0 if scale.ndim else None
+        return self._dequantized(f"{name}_bias", integers, scale, 0, axis)
+
+    def _dequantized(
+        self, tensor: str, integers: Array, scale: Array, zero: int, axis: int | None = None
+    ) -> str:
+        """Add a constant with its DequantizeLinear, once for equal use; the name of the result."""
+        import onnx
+
+        where = "" if axis is None else f"_axis{axis % integers.ndim}"
+        base = f"{tensor}{where}"
+        while (
+            base + "_quantized" in self.added
+            and self.added[base + "_scale"].raw_data != np.asarray(scale, np.float32).tobytes()
+        ):
+            base += "_"
+        target = f"{base}_dequantized"
+        if f"{base}_quantized" in self.added:
+            return target
+        points = np.full(np.shape(scale), zero, integers.dtype)
+        names = [
+            self._constant(f"{base}_quantized", integers),
+            self._constant(f"{base}_scale", np.asarray(scale, np.float32)),
+            self._constant(f"{base}_zero_point", points),
+        ]
+        attributes: dict[str, Any] = {} if axis is None else {"axis": axis % integers.ndim}
+        self.first.append(
+            onnx.helper.make_node(
+                "DequantizeLinear", names, [target], f"{base}_DequantizeLinear", **attributes
+            )
+        )
+        return target
+
+    def _constant(self, name: str, value: Array) -> str:
+        import onnx
+
+        if name not in self.added:
+            self.added[name] = onnx.numpy_helper.from_array(np.asarray(value, order="C"), name)
+        return name
+
+
+def weight_scales(values: Array, axis: int | None, levels: Levels) -> Array:
+    """The scale with which the largest magnitude (of each channel) is the highest level."""
+    dims = range(values.ndim)
+    others = None if axis is None else tuple(i for i in dims if i != axis % values.ndim)
+    largest = np.abs(values).max(axis=others).astype(np.float64)
+    scale = np.asarray(largest / levels.highest)
+    floor = SMALLEST_SHARE * scale.max(initial=0.0)  # dead channels: their products must not vanish
+    return np.maximum(scale, floor) if floor > np.finfo(np.float32).tiny else np.ones_like(scale)
+
+
+def integer_weights(values: Array, scale: Array, axis: int | None, levels: Levels) -> Array:
+    """Weights in levels, rounded half to even."""
+    if axis is not None:
+        shape = [1] * values.ndim
+        shape[axis] = -1
+        scale = scale.reshape(shape)
+    return np.clip(np.rint(values / scale), levels.lowest, levels.highest)

@@ -1,0 +1,192 @@
+"""Choose by measurement: which operators, which calibration method, and what stays in float.
+
+Every candidate is a file that the target's runtime loads, runs and times. Two ways to decide:
+
+- With a promise (a metric, data and the drop allowed): the fastest candidate that keeps it, as
+  scored on the evaluation data. The nodes that cost most accuracy for the work they save go back to
+  float where that makes a faster one keep it (mixed precision).
+- Without: the fastest of the candidates whose outputs follow the float model's within NEAR_DB of
+  the best, on samples held back from calibration.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from deploykit.errors import AnswerIsNo
+from deploykit.stages.quantize.graph import multiply_accumulates
+from deploykit.stages.quantize.lab import Lab, Point, pareto
+from deploykit.stages.quantize.workshop import Variant
+
+NEAR_DB = 1.0
+SAME_TIME = 0.03
+"""Times this near each other count as equal."""
+HOPELESS_DB = 10.0
+"""A method this far below the best of its operators is not scored."""
+PROBED = 8
+"""Samples on which the damage of each node is measured."""
+
+
+def search(lab: Lab, candidates: Mapping[str, Variant]) -> Point:
+    """The best of the candidates, or one that has fewer nodes quantized.
+
+    Names are "operators-method"; candidates that quantize the same nodes take the same time.
+    Raises AnswerIsNo: no candidate keeps the promise.
+    """
+    points: list[Point] = []
+    for number, (name, variant) in enumerate(candidates.items()):
+        lab.talk(f"try {name}", number, len(candidates))
+        if point := lab.try_out(name, variant):
+            points.append(point)
+    if not points:
+        raise AnswerIsNo(
+            "every quantized candidate gives NaN", hint="leave nodes out with --nodes-to-exclude"
+        )
+    groups = _by_speed(lab, points)
+    if lab.promise is None:
+        return _nearest(groups)
+    return _keeping(lab, groups)
+
+
+def _by_speed(lab: Lab, points: Sequence[Point]) -> list[list[Point]]:
+    """The points in groups of equal nodes, fastest group first, the most faithful point first."""
+    groups: dict[tuple[str, ...], list[Point]] = {}
+    for point in sorted(points, key=lambda p: -p.sqnr_db):
+        groups.setdefault(point.variant.nodes, []).append(point)
+    lab.talk("time the candidates", 0, 1)
+    timed = lab.timed([group[0] for group in groups.values()])
+    result = [
+        [lab.know(replace(point, time_ratio=first.time_ratio)) for point in group]
+        for first, group in zip(timed, groups.values(), strict=True)
+    ]
+    return sorted(result, key=lambda group: group[0].time_ratio or 1.0)
+
+
+def _nearest(groups: Sequence[Sequence[Point]]) -> Point:
+    """The fastest of the most faithful; of the equally fast the most faithful."""
+    best = max(group[0].sqnr_db for group in groups)
+    good = [group[0] for group in groups if group[0].sqnr_db >= best - NEAR_DB]
+    fastest = min(point.time_ratio or 1.0 for point in good)
+    same = [point for point in good if (point.time_ratio or 1.0) <= fastest * (1 + SAME_TIME)]
+    return max(same, key=lambda point: point.sqnr_db)
+
+
+def _keeping(lab: Lab, groups: Sequence[Sequence[Point]]) -> Point:
+    """The fastest point that keeps the promise, mixed ones among them."""
+    failed: list[Point] = []
+    kept: Point | None = None
+    for group in groups:
+        hopeful = [p for p in group if p.sqnr_db >= group[0].sqnr_db - HOPELESS_DB]
+        scored: list[Point] = []
+        for point in hopeful:
+            lab.talk(f"score {point.name}", 0, 1)
+            scored.append(lab.scored(point))
+            if lab.keeps(scored[-1]):
+                kept = scored[-1]
+                break
+        if kept:
+            break
+        failed.append(min(scored, key=lambda p: p.drop.value if p.drop else math.inf))
+    if failed and (kept is None or _clearly_faster(failed[0], kept)):
+        mixed = _mixed(lab, failed[0])
+        if mixed and kept:
+            mixed, kept = lab.timed([mixed, kept])
+            kept = min(mixed, kept, key=lambda p: p.time_ratio or 1.0)
+        kept = kept or mixed
+    if kept is None:
+        raise _broken(lab)
+    return kept
+
+
+def _clearly_faster(one: Point, other: Point) -> bool:
+    return (one.time_ratio or 1.0) < (other.time_ratio or 1.0) * (1 - SAME_TIME)
+
+
+def _mixed(lab: Lab, start: Point) -> Point | None:
+    """The fewest nodes back in float that make the promise hold, worst trade first."""
+    ranking = damage(lab, start.variant)
+    worst = [row.node for row in sorted(ranking, key=lambda row: -row.noise_per_work)]
+
+    def without(count: int) -> Point | None:
+        gone = set(worst[:count])
+        nodes = tuple(name for name in start.variant.nodes if name not in gone)
+        lab.talk(f"score with {count} nodes in float", 0, 1)
+        try:
+            point = lab.try_out(f"{start.name}-{count}", replace(start.variant, nodes=nodes))
+        except AnswerIsNo:
+            return None
+        if point is None:
+            return None
+        point = lab.scored(point)
+        return point if lab.keeps(point) else None
+
+    low, high, found = 0, 1, None
+    while found is None and high < len(worst):
+        found = without(high)
+        if found is None:
+            low, high = high, min(2 * high, len(worst))
+            if high == len(worst):
+                break
+    while found is not None and high - low > max(1, high // 8):
+        middle = (low + high) // 2
+        if better := without(middle):
+            found, high = better, middle
+        else:
+            low = middle
+    if found is None:
+        return None
+    return lab.timed([found])[0]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What quantizing one node alone does to the outputs."""
+
+    node: str
+    sqnr_db: float
+    work: int
+    """Multiply-accumulates that integers save."""
+
+    @property
+    def noise_per_work(self) -> float:
+        """How bad the trade is."""
+        return float(10 ** (-self.sqnr_db / 10) / self.work)
+
+
+def damage(lab: Lab, variant: Variant) -> list[Damage]:
+    """Quantize each node alone, and see how the outputs follow on a few held-back samples."""
+    macs = multiply_accumulates(lab.shop.graph.model, lab.shop.graph)
+    least = max(min((m for m in macs.values() if m), default=1) // 4, 1)
+    few = lab.held.first(PROBED)
+    found = []
+    for number, node in enumerate(variant.nodes):
+        lab.talk("damage of each node", number, len(variant.nodes))
+        alone = replace(variant, nodes=(node,))
+        try:
+            artifact = lab.shop.write(alone, lab.folder / "alone.onnx", bare=True)
+        except AnswerIsNo:
+            continue
+        found.append(Damage(node, lab.follow(artifact, few), macs[node] or least))
+    return found
+
+
+def _broken(lab: Lab) -> AnswerIsNo:
+    assert lab.promise and lab.float_score  # noqa: S101, PT018
+    nearest = min(
+        (p for p in lab.points if p.drop), key=lambda p: p.drop.value if p.drop else math.inf
+    )
+    assert nearest.drop  # noqa: S101
+    seen = "; ".join(
+        f"{p.name}: drop {p.drop.value:.4f}" + (f", {p.time_ratio:.2f}x" if p.time_ratio else "")
+        for p in pareto(lab.points)
+        if p.drop
+    )
+    limit = lab.promise.limit(lab.float_score)
+    return AnswerIsNo(
+        f"no INT8 model keeps {lab.promise.metric} within {limit:.4f} of "
+        f"{lab.float_score.score.value:.4f}; the nearest is {nearest.name}, "
+        f"which loses {nearest.drop.value:.4f}",
+        hint=f"drop and time over float of what was tried: {seen}",
+    )
