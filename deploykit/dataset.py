@@ -9,13 +9,13 @@ A `preprocessing.toml` in the folder of an `.npz` turns its uint8 arrays into wh
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from deploykit import _files
+from deploykit import _files, _npz
 from deploykit._chunks import Chunk, alike, rebatched
 from deploykit._code import load_function, split_reference
 from deploykit.errors import InputError
@@ -174,10 +174,11 @@ def _from_arrays(reference: str, files: list[Path], folder: Path) -> Dataset:
 
     def chunks() -> Iterator[Chunk]:
         for file in files:
-            yield _normalized(_read_npz(file), preprocessing, file)
+            for chunk in _npz.chunks(file):
+                yield _normalized(chunk, preprocessing, file)
 
     parts = [_files.sha256(file) for file in (*files, *([spec] if preprocessing else []))]
-    samples = sum(_length(_read_npz(file), file) for file in files)
+    samples = sum(_npz_length(file) for file in files)
     return _checked(reference, samples, "".join(parts), chunks, preprocessing)
 
 
@@ -194,29 +195,20 @@ def _checked(
     return Dataset(reference, samples, digest, chunks, preprocessing)
 
 
-def _read_npz(path: Path) -> Chunk:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged files raise anything, zlib's and tokenizer's errors too
-        raise InputError(
-            f"{path}: not a readable .npz of plain arrays: {error}",
-            hint="write it with numpy.savez; pickled objects are refused",
-        ) from error
+def _npz_length(path: Path) -> int:
+    kinds = _npz.headers(path)
+    return _length({name: kind.shape[0] if kind.shape else 0 for name, kind in kinds.items()}, path)
 
 
-def _length(chunk: Chunk, path: Path) -> int:
-    if not set(chunk) - {TARGET}:
+def _length(lengths: Mapping[str, int], path: Path) -> int:
+    if not set(lengths) - {TARGET}:
         raise InputError(f"{path}: no arrays", hint="name one array for each model input")
-    lengths = {name: len(array) if array.ndim else 0 for name, array in chunk.items()}
     if len(set(lengths.values())) != 1:
         raise InputError(
-            f"{path}: the arrays have different numbers of samples: {lengths}",
+            f"{path}: the arrays have different numbers of samples: {dict(lengths)}",
             hint="the first axis of each array is the sample",
         )
-    return lengths.popitem()[1]
+    return next(iter(lengths.values()))
 
 
 def _normalized(chunk: Chunk, spec: Preprocessing | None, source: Path) -> Chunk:
@@ -285,7 +277,7 @@ def _surveyed(chunks: Iterator[Chunk], reference: str) -> tuple[int, str]:
     """Number of samples, and the digest of their names, types and values."""
     digest, samples = hashlib.sha256(), 0
     for chunk in chunks:
-        samples += _length(chunk, Path(reference))
+        samples += _length({name: len(array) for name, array in chunk.items()}, Path(reference))
         for name in sorted(chunk):
             digest.update(f"{name}{chunk[name].dtype}{chunk[name].shape}".encode())
             digest.update(np.ascontiguousarray(chunk[name]).tobytes())

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from deploykit import _npz
 from deploykit.dataset import Dataset, open_dataset
 from deploykit.errors import InputError
 from deploykit.preprocessing import normalize, read_image, read_preprocessing
@@ -231,7 +232,7 @@ def test_pickled_objects_are_not_opened(tmp_path: Path) -> None:
             return Path.touch, (marker,)
 
     path = saved(tmp_path / "x.npz", x=np.array([Payload()], object))
-    with refused(InputError, path, "Object arrays", hint="pickled objects are refused"):
+    with refused(InputError, path, "holds Python objects", hint="pickled objects are refused"):
         open_dataset(path)
     assert not marker.exists()
 
@@ -272,9 +273,10 @@ def test_a_lack_of_memory_is_no_fault_of_the_data(
         raise MemoryError
 
     path = saved(tmp_path / "x.npz", **numbered(2))
-    monkeypatch.setattr(np, "load", fails)
+    data = open_dataset(path)
+    monkeypatch.setattr(np, "frombuffer", fails)
     with pytest.raises(MemoryError):
-        open_dataset(path)
+        list(data.batches(1))
 
 
 @pytest.mark.parametrize(
@@ -535,3 +537,29 @@ def test_opening_does_not_change_the_data(tmp_path: Path) -> None:
         feed["x"][:] = -1  # a careless user of the batch
     assert alike(joined(data, 5), numbered(5))
     assert hashlib.sha256(path.read_bytes()).digest() == before
+
+
+def test_a_large_npz_is_read_in_parts_that_join_to_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_npz, "CHUNK_BYTES", 100)
+    values = np.arange(7 * 6, dtype=np.float32).reshape(7, 6)
+    turned = np.asfortranarray(values)
+    for name, array in (("rows.npz", values), ("columns.npz", turned)):
+        path = saved(tmp_path / name, x=array, target=np.arange(7))
+        parts = list(_npz.chunks(path))
+        assert len(parts) > 1 or name == "columns.npz"
+        assert np.array_equal(np.concatenate([part["x"] for part in parts]), values)
+        assert np.concatenate([part["target"] for part in parts]).tolist() == [*range(7)]
+
+
+def test_a_split_takes_each_sample_once(tmp_path: Path) -> None:
+    data = open_dataset(saved(tmp_path / "x.npz", **numbered(11))).first(10)
+    rest, held = data.split(4)
+    numbers = [
+        [float(x) for feed, _ in part.batches(3) for x in feed["x"].reshape(-1)]
+        for part in (data, rest, held)
+    ]
+    assert sorted(numbers[1] + numbers[2]) == numbers[0]
+    assert (len(rest), len(held)) == (8, 2)
+    assert len({data.digest, rest.digest, held.digest}) == 3

@@ -116,7 +116,7 @@ def test_a_state_dict_without_pickle_payload_is_fine(
     ("arrays", "named"),
     [
         ({"pixels": np.zeros((4, 1, 28, 28), np.float32)}, "'images'"),
-        ({"images": np.zeros((4, 1, 28, 30), np.float32)}, "(4, 1, 28, 30)"),
+        ({"images": np.zeros((4, 1, 28, 30), np.float32)}, "28, 30)"),
         ({"images": np.zeros((4, 1, 28, 28), np.int64)}, "int64"),
         ({"images": np.zeros((0, 1, 28, 28), np.float32)}, "empty"),
         ({"images": np.full((4, 1, 28, 28), np.inf, np.float32)}, "infinite"),

@@ -44,11 +44,12 @@ def observe(
     seen = {name: Histogram() for name in names}
     batch = _fixed_batch(model)
     session = _session(model, names)
+    rectified = {node.output[0] for node in model.graph.node if node.op_type == "Relu"}
 
     def count(outputs: list[Array]) -> None:
         for name, values in zip(names, outputs, strict=True):
             try:
-                seen[name].add(values, binned=binned)
+                seen[name].add(values, binned=binned, rectified=name in rectified)
             except ValueError as error:
                 raise InputError(
                     f"tensor {name!r}: {error} on the calibration data",

@@ -52,15 +52,16 @@ class Histogram:
     """Sum of the smallest value of each sample, in units of 2 ** -149: exact in any order."""
     highs: int = 0
 
-    def add(self, values: Array, *, binned: bool = True) -> None:
+    def add(self, values: Array, *, binned: bool = True, rectified: bool = False) -> None:
         """Take in the float32 values of one sample; `binned=False` keeps the extremes only.
 
-        Raises ValueError: a value is NaN.
+        Of `rectified` values none is below zero, and the smallest counts as zero: each range has
+        zero in it anyway. Raises ValueError: a value is NaN.
         """
         flat = values.reshape(-1)
         if not flat.size:
             return
-        low, high = float(flat.min()), float(flat.max())
+        low, high = 0.0 if rectified else float(flat.min()), float(flat.max())
         if math.isnan(low) or math.isnan(high):
             raise ValueError("a value is NaN")
         if low <= -SENTINEL or high >= SENTINEL:
