@@ -8,7 +8,7 @@ from typing import Protocol
 
 from deploykit import _files, backends, evaluation, metrics, store
 from deploykit._code import load_function
-from deploykit.bundle import Bundle, PackagedModel, inventory, manifest, package
+from deploykit.bundle import Bundle, PackagedModel, PackageOptions, inventory, manifest, package
 from deploykit.environment import read as read_environment
 from deploykit.errors import DeploykitError, InputError, IntegrityError, UsageError
 from deploykit.evaluation import Outputs
@@ -17,7 +17,7 @@ from deploykit.plan import FLOAT, MODEL, Step, data, plan
 from deploykit.recipe import Recipe
 from deploykit.report import summary
 from deploykit.report.summary import Row, RunSummary
-from deploykit.values import Artifact, Score, SessionOptions, StageRecord, Verdict
+from deploykit.values import Artifact, Score, SessionOptions, StageRecord, Verdict, parse
 from deploykit.verdict import Contender, Limits, decide
 
 MARKER = "deploykit-run.json"
@@ -292,10 +292,12 @@ def _summarize(run: Run, result: BenchResult, verdict: Verdict) -> RunSummary:
 def _package(run: Run, name: str, made: RunSummary) -> None:
     """Package the winner, unless the bundle of an earlier run is still the same."""
     artifact, out = run.artifacts[name], run.out / "bundle"
+    memory = run.out / "work" / "bundle.json"
+    options = _package_options(run, artifact, memory)
     key = store.digest_of(
         {
             "artifact": artifact.sha256,
-            "options": run.recipe.package.model_dump(mode="json"),
+            "options": options.model_dump(mode="json"),
             "evidence": made.model_dump(mode="json"),
             "code": store.code_digest(),
         }
@@ -304,7 +306,7 @@ def _package(run: Run, name: str, made: RunSummary) -> None:
     def make() -> Bundle:
         return package(
             [PackagedModel(artifact=artifact, backend=run.target)],
-            run.recipe.package,
+            options,
             out=out,
             data=data(run.recipe, "calibration"),
             evidence=made.model_dump(mode="json", by_alias=True),
@@ -312,12 +314,29 @@ def _package(run: Run, name: str, made: RunSummary) -> None:
         )
 
     run.observer.step("bundle", "package")
-    memory = run.out / "work" / "bundle.json"
     if not _is_whole(out):
         _files.remove(memory)
         _files.remove(out)
     bundle, cached = store.remember(memory, key, Bundle, make)
     run.observer.done(f"{len(bundle.files)} files in {out}", cached=cached)
+
+
+def _package_options(run: Run, artifact: Artifact, memory: Path) -> PackageOptions:
+    """The recipe's, for as many threads as were measured, and never an old version for a new model.
+
+    A version that an earlier run gave to another model is taken up: the next one is used.
+    """
+    options = run.recipe.package
+    if "threads" not in options.model_fields_set:
+        options = options.model_copy(update={"threads": run.recipe.bench.threads})
+    try:
+        last = parse(Bundle, store.read_json(memory).get("value"), str(memory))
+    except InputError:
+        return options
+    served = {entry.sha256 for entry in last.files if entry.role == "model"}
+    if last.version < options.version or artifact.sha256 in served:
+        return options.model_copy(update={"version": max(last.version, options.version)})
+    return options.model_copy(update={"version": last.version + 1})
 
 
 def _is_whole(bundle: Path) -> bool:

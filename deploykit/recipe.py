@@ -107,6 +107,8 @@ class Recipe(Value):
     def _distill_needs_data(self) -> Recipe:
         if self.distill and not self.data.train:
             raise ValueError("[distill] needs 'train' in [data]")
+        if self.package.layout == "triton" and self.quantize.target == "openvino":
+            raise ValueError("the triton layout does not serve openvino: take the plain layout")
         if (self.prune or self.distill) and self.model.path and self.model.path.endswith(".onnx"):
             raise ValueError("[prune] and [distill] need a PyTorch model, this one is ONNX")
         return self

@@ -15,13 +15,13 @@ from deploykit.bundle.manifest import GoldenOutputs
 from deploykit.dataset import Dataset
 from deploykit.errors import InputError, IntegrityError, StageError
 from deploykit.session import Session
-from deploykit.values import Array, Artifact, Feed, Format, Precision, TensorSpec, Value
+from deploykit.values import Array, Artifact, Feed, Format, TensorSpec, Value
 
 INPUTS = "golden_inputs.npz"
 OUTPUTS = "golden_outputs"
 """Begin of the names of the files of outputs, one file an engine."""
 
-SHARES: dict[Precision, float] = {
+SHARES: dict[str, float] = {
     "fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2, "int8": 1.5e-2, "fp8": 5e-2,
 }  # fmt: skip
 """Tolerated share of a float and of the largest one; BUNDLE_FORMAT.md gives the reasons."""
@@ -82,7 +82,8 @@ def record(model: Artifact, backend: str, feed: Feed, path: Path) -> GoldenOutpu
                 f"{model.path}: output {name!r} is not finite or not of numbers on the golden data",
                 hint="the model is broken on this data; evaluate it first",
             )
-    shares = {n: SHARES[model.precision] * (a.dtype.kind == "f") for n, a in first.items()}
+    share = _share(model, backend, feed, batch_size)
+    shares = {n: share * (a.dtype.kind == "f") for n, a in first.items()}
     expected = GoldenOutputs(
         path=path.name,
         batch_size=batch_size,
@@ -98,6 +99,14 @@ def record(model: Artifact, backend: str, feed: Feed, path: Path) -> GoldenOutpu
         )
     write_arrays(path, first)
     return expected.model_copy(update={"max_error": agreement.max_error})
+
+
+def _share(model: Artifact, backend: str, feed: Feed, batch_size: int) -> float:
+    """The tolerance of the coarsest precision that the file has or the runtime chose by itself."""
+    with open_session(model, backend) as session:
+        one = {name: array[:batch_size] for name, array in feed.items()}
+        ran = session.placement(one).precisions
+    return max(SHARES.get(name, 0.0) for name in (model.precision, *ran))
 
 
 def run(session: Session, feed: Feed, batch_size: int) -> dict[str, Array]:

@@ -43,7 +43,9 @@ class Verification(Value):
     """Over all engines that were run; None where none was."""
 
     def __str__(self) -> str:
-        return "\n  ".join(("verified", *self.checks))
+        waiting = [engine.path for engine in self.engines if engine.golden_not_run]
+        head = f"files verified, NOT RUN: {', '.join(waiting)}" if waiting else "verified"
+        return "\n  ".join((head, *self.checks))
 
 
 def verify(path: Path, *, environment: Environment | None = None) -> Verification:

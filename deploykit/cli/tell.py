@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from deploykit import _files, backends
+from deploykit.bundle import Bundle, manifest
 from deploykit.cli import COMMANDS, _common
 from deploykit.environment import read as read_environment
 from deploykit.environment import versions
@@ -61,10 +63,24 @@ def _conflict() -> str | None:
 @_common.json_option
 def inspect_command(model: str, *, as_json: bool, **given: Any) -> None:
     """Say what a model is."""
+    if (Path(model) / manifest.MANIFEST).is_file():
+        bundle = manifest.read(Path(model))
+        _common.show(bundle, _bundle_text(model, bundle), as_json=as_json)
+        return
     artifact = _common.model(model, given)
     graph = _graph(artifact)
     document = {**artifact.model_dump(mode="json"), "graph": graph}
     _common.show(document, _text(artifact, graph), as_json=as_json, schema="deploykit.artifact/1")
+
+
+def _bundle_text(path: str, bundle: Bundle) -> str:
+    lines = [f"{path}: bundle {bundle.name} version {bundle.version}, layout {bundle.layout}"]
+    for engine in bundle.engines:
+        lines.append(f"  {engine.path}: {engine.format}, {engine.precision}, for {engine.backend}")
+        lines += [f"    in   {spec}" for spec in engine.inputs]
+        lines += [f"    out  {spec}" for spec in engine.outputs]
+    lines.append(f"  {len(bundle.files)} files, not checked here: `deploykit verify {path}`")
+    return "\n".join(lines)
 
 
 def _graph(artifact: Artifact) -> Json:
@@ -97,6 +113,8 @@ def _text(artifact: Artifact, graph: Json) -> str:
 
 
 def _short(value: object) -> str:
+    if isinstance(value, dict) and "name" in value:
+        return str(value["name"])
     text = str(value)
     if isinstance(value, (dict, list)) and len(text) > 160:
         return f"{len(value)} entries (--json shows them)"

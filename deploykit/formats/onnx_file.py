@@ -73,8 +73,15 @@ def operators(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def parameters(model: onnx.ModelProto) -> int:
-    """Number of values in the initializers."""
-    return sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer)
+    """Number of values in the initializers and Constant nodes of the main graph."""
+    constants = [
+        attribute.t
+        for node in model.graph.node
+        if node.op_type == "Constant"
+        for attribute in node.attribute
+        if attribute.name == "value"
+    ]
+    return sum(int(np.prod(tensor.dims)) for tensor in (*model.graph.initializer, *constants))
 
 
 def precision(model: onnx.ModelProto) -> Precision:

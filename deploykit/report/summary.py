@@ -11,7 +11,7 @@ from deploykit import _files, store
 from deploykit.environment import Environment
 from deploykit.measure import BenchResult, statistics
 from deploykit.report import html
-from deploykit.values import Artifact, Interval, Measurement, Score, Value, Verdict
+from deploykit.values import Artifact, Gate, Interval, Measurement, Score, Value, Verdict
 
 
 class Row(Value):
@@ -26,6 +26,7 @@ class Row(Value):
     score: Interval
     samples: int
     batch_size: int | None = None
+    threads: int | None = None
     p50_ms: Interval | None = None
     p90_ms: Interval | None = None
     p99_ms: Interval | None = None
@@ -69,6 +70,7 @@ class Row(Value):
         return plain.model_copy(
             update={
                 "batch_size": small,
+                "threads": measured.options.threads,
                 "p50_ms": statistics.percentile_interval_ms(measured, 50),
                 "p90_ms": statistics.percentile_interval_ms(measured, 90),
                 "p99_ms": statistics.percentile_interval_ms(measured, 99),
@@ -171,6 +173,13 @@ def describe(artifact: Artifact) -> str:
     ):
         if key in facts:
             told.append(text.format(facts[key]))
+    if found := facts.get("search"):
+        ratio = found["chosen"]["time_ratio"]
+        told.append(f"{facts['candidate']}, {1 / ratio:.2f}x the float model on {found['runtime']}")
+        if ratio >= 1:
+            told.append("NOT FASTER than the float model")
+    if huge := facts.get("huge_ranges"):
+        told.append(f"{len(huge)} tensors with huge ranges ({huge[0]!r}): few levels are left")
     return ", ".join(told)
 
 
@@ -196,12 +205,42 @@ def verdict_text(summary: RunSummary) -> str:
     if verdict.ship is None:
         return f"Not worth it: {verdict.reason}."
     drop, gain = (g for g in verdict.gates if g.engine == verdict.ship)
+    samples = next((row.samples for row in summary.rows if row.name == verdict.ship), 0)
     return (
         f"Ship {verdict.ship} on {summary.target}, the recipe's target: "
         f"{summary.metric} drop {interval(drop.value, 4)} (allowed {drop.limit:.4f}), "
         f"{interval(gain.value, 2, 'x')} as fast as FP32 ONNX (needed above {gain.limit:.2f}x: "
         f"the larger of the recipe's limit and the noise floor)."
+        f"{_unsettled(drop, samples)}{_elsewhere(summary)}"
     )
+
+
+def _unsettled(drop: Gate, samples: int) -> str:
+    """What it would take to be sure, where the interval of the drop reaches over the limit."""
+    if drop.value.high <= drop.limit:
+        return ""
+    room, half = drop.limit - drop.value.value, drop.value.high - drop.value.value
+    if room <= 0:
+        return " The drop is at its limit: these samples cannot settle it."
+    needed = samples * (half / room) ** 2
+    return (
+        f" The gate holds on these {samples} samples; its interval reaches over the limit, about "
+        f"{needed:.1g} samples would settle it."
+    )
+
+
+def _elsewhere(summary: RunSummary) -> str:
+    """Another runtime on which the shipped model is clearly faster than on the target."""
+    rows = [row for row in summary.rows if row.name == summary.verdict.ship and row.p50_ms]
+    here = next((row for row in rows if row.backend == summary.target), None)
+    if here is None or here.p50_ms is None:
+        return ""
+    told = [
+        f" On {row.backend} it takes {row.p50_ms.value / here.p50_ms.value:.2f} of that time."
+        for row in rows
+        if row.p50_ms and row.p50_ms.high < here.p50_ms.low
+    ]
+    return "".join(told)
 
 
 def notes(summary: RunSummary) -> str:
@@ -209,7 +248,9 @@ def notes(summary: RunSummary) -> str:
     quick = "" if summary.comparable else " Quick preset: do not compare with another run."
     sample = next((row for row in summary.rows if row.batch_size), None)
     sizes = (
-        f"Latency at batch {sample.batch_size}, samples/s at batch {sample.throughput_batch_size}. "
+        f"Latency at batch {sample.batch_size} on {sample.threads} "
+        f"thread{'s' if sample.threads != 1 else ''}, "
+        f"samples/s at batch {sample.throughput_batch_size}. "
         if sample
         else ""
     )

@@ -22,8 +22,7 @@ def _stages(teacher: Path, onnx: Path) -> dict[str, tuple[object, ...]]:
         "prune": ("prune", teacher, "--ratio", "0.3"),
         "distill": ("distill", teacher, "--teacher", teacher, "--data", TRAIN),
         "export": ("export", teacher),
-        "quantize": ("quantize", onnx, "--calibration-data", CALIBRATION,
-                     "--calibration-batch-size", "1"),
+        "quantize": ("quantize", onnx, "--calibration-data", CALIBRATION),
         "package": ("package", onnx, "--data", CALIBRATION, "--layout", "triton"),
     }  # fmt: skip
 

@@ -37,7 +37,7 @@ def about(value: float, by: float = 0.01) -> Interval:
 def row(**changes: Any) -> Row:
     plain = Row(
         name="model.int8.onnx", backend="ort-cpu", precision="int8", ran={"int8": 26, "fp32": 3},
-        size_bytes=345_678, score=about(0.9123, 0.0101), samples=1000, batch_size=1,
+        size_bytes=345_678, score=about(0.9123, 0.0101), samples=1000, batch_size=1, threads=2,
         p50_ms=about(0.3214, 0.0021), p90_ms=about(0.5), p99_ms=about(0.75),
         throughput_per_second=about(12345.6, 100), throughput_batch_size=8,
         over_pytorch=about(3.5, 0.25), over_fp32_onnx=about(2, 0.125),
@@ -213,12 +213,21 @@ def test_invalid_times_are_not_shown_their_reason_is(tmp_path: Path) -> None:
 
 
 def test_the_verdict_to_ship_tells_both_gates() -> None:
-    assert summary.verdict_text(found()) == (
+    assert summary.verdict_text(found(row())) == (
         "Ship model.int8.onnx on ort-cpu, the recipe's target: "
         "top1 drop 0.0020 [-0.0080, 0.0120] (allowed 0.0050), "
         "2.00x [1.99, 2.01] as fast as FP32 ONNX (needed above 1.10x: "
         "the larger of the recipe's limit and the noise floor)."
+        " The gate holds on these 1000 samples; its interval reaches over the limit, about 1e+04 "
+        "samples would settle it."
     )
+
+
+def test_the_verdict_tells_where_the_model_is_faster_than_on_the_target() -> None:
+    faster = row(backend="openvino", p50_ms=about(0.25, 0.002))
+    level = row(backend="another", p50_ms=about(0.3210, 0.002))
+    text = summary.verdict_text(found(row(), faster, level))
+    assert text.endswith("On openvino it takes 0.78 of that time.")
 
 
 def test_the_verdict_not_to_ship_tells_why() -> None:
@@ -227,7 +236,7 @@ def test_the_verdict_not_to_ship_tells_why() -> None:
 
 def test_the_notes_tell_batch_sizes_the_noise_and_a_quick_run() -> None:
     standard = summary.notes(found(unmeasured(), row()))
-    assert standard.startswith("Latency at batch 1, samples/s at batch 8. Brackets are 95 %")
+    assert standard.startswith("Latency at batch 1 on 2 threads, samples/s at batch 8. Brackets")
     assert "1.001x [0.981, 1.021]" in standard
     assert "Quick" not in standard
     quick = summary.notes(found(unmeasured(), comparable=False))

@@ -40,6 +40,11 @@ class QuantizeOptions(Value):
     """How to quantize."""
 
     target: Target = Field(default="ort-cpu", description="the runtime that the INT8 file is for")
+    processor: Literal["this", "vnni", "any"] = Field(
+        default="this",
+        description="the CPU that will serve: like this one, one that sums 8-bit products in 32 "
+        "bits (vnni), or any, at the price of 7-bit weights",
+    )
     scope: Scope | Literal["auto"] = Field(
         default="auto",
         description="operators to quantize: compute (convolutions and matrix products), residual "
@@ -66,13 +71,19 @@ class QuantizeOptions(Value):
     )
 
     @property
+    def preset(self) -> Preset:
+        """Types and places of the pairs."""
+        wide = {"this": None, "vnni": True, "any": False}[self.processor]
+        return preset(self.target, int8_dot_product=wide)
+
+    @property
     def scopes(self) -> dict[str, tuple[str, ...]]:
         """The sets of operator types to try, by name."""
         if self.op_types_to_quantize:
             return {"chosen": self.op_types_to_quantize}
         if self.scope != "auto":
             return {self.scope: SCOPES[self.scope]}
-        return {name: SCOPES[name] for name in preset(self.target).scopes}
+        return {name: SCOPES[name] for name in self.preset.scopes}
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -113,7 +124,7 @@ def quantize(  # noqa: PLR0913 - what goes in, what comes out, how, and who list
             f"{bound.reference} has {len(bound)} samples, too few to choose on",
             hint=f"give at least {FEWEST} samples",
         )
-    chosen = preset(options.target)
+    chosen = options.preset
 
     def work(path: Path) -> Made:
         with tempfile.TemporaryDirectory() as folder:
@@ -162,7 +173,7 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
     rest, held = _held_back(order.data) if chooses else (order.data, None)
     shop = Workshop.open(
         order.source,
-        preset(options.target),
+        options.preset,
         rest,
         op_types={name for op_types in options.scopes.values() for name in op_types},
         binned=bool({*options.methods} - {"minmax", "moving_average"}),
@@ -220,7 +231,7 @@ def _candidates(graph: Graph, options: QuantizeOptions, *, chooses: bool) -> dic
     """Variants by name; scopes that come to the same nodes are tried once."""
     scopes, methods = options.scopes, options.methods
     if not chooses:
-        standard = preset(options.target).scope
+        standard = options.preset.scope
         name = standard if len(scopes) > 1 else next(iter(scopes))
         scopes = {name: scopes[name]}
         methods = methods if len(methods) == 1 else (COMMON,)

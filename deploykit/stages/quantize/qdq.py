@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploykit.stages.quantize.graph import Graph
+from deploykit.stages.quantize.graph import Graph, subgraph_nodes
 from deploykit.stages.quantize.levels import Grid, Levels
 from deploykit.stages.quantize.placement import Plan
 from deploykit.stages.quantize.presets import COMPUTE, Preset
@@ -48,7 +48,10 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     bare = onnx.ModelProto()
     for name in ("ir_version", "producer_name", "producer_version", "domain", "model_version"):
         setattr(bare, name, getattr(model, name))
-    bare.opset_import.extend(model.opset_import)
+    used = {node.domain for node in model.graph.node}
+    used |= {inner.domain for node in model.graph.node for inner in subgraph_nodes(node)}
+    used |= {node.domain for function in model.functions for node in function.node}
+    bare.opset_import.extend(o for o in model.opset_import if o.domain in used | {""})
     bare.functions.extend(model.functions)
     bare.metadata_props.extend(model.metadata_props)
     bare.graph.name = model.graph.name or "graph"
