@@ -178,6 +178,7 @@ def describe(artifact: Artifact) -> str:
         told.append(f"{facts['candidate']}, {1 / ratio:.2f}x the float model on {found['runtime']}")
         if ratio >= 1:
             told.append("NOT FASTER than the float model")
+    told += [f"warning: {warning}" for warning in facts.get("warnings", ())]
     if huge := facts.get("huge_ranges"):
         told.append(f"{len(huge)} tensors with huge ranges ({huge[0]!r}): few levels are left")
     return ", ".join(told)

@@ -15,7 +15,7 @@ from deploykit import store
 from deploykit.backends import backend
 from deploykit.dataset import Dataset
 from deploykit.errors import InputError, UsageError, did_you_mean
-from deploykit.stages.quantize import placement, sound
+from deploykit.stages.quantize import guard, placement, sound
 from deploykit.stages.quantize.graph import Graph
 from deploykit.stages.quantize.lab import Lab, Point, Promise, Talk, pareto
 from deploykit.stages.quantize.methods import METHODS, Method
@@ -169,6 +169,8 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
     """Write the model at `out`; the facts of it."""
     options = order.options
     _check_op_types(options.op_types_to_quantize)
+    evaluated = order.promise.data.matching(order.source.inputs) if order.promise else None
+    guard.check_samples(order.data, evaluated)
     chooses = order.promise or len(options.scopes) * len(options.methods) > 1
     rest, held = _held_back(order.data) if chooses else (order.data, None)
     shop = Workshop.open(
@@ -179,6 +181,7 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
         binned=bool({*options.methods} - {"minmax", "moving_average"}),
         progress=lambda done, total: order.talk("calibrate", done, total),
     )
+    warnings = guard.check_enough(shop.seen, order.data) + guard.compared(order.data, evaluated)
     candidates = _candidates(shop.graph, options, chooses=held is not None)
     found: Json = {}
     if held is None:
@@ -192,6 +195,7 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
     return {
         **shop.facts(written, _why(shop.graph, options, candidates, written) | broken),
         "candidate": name,
+        "warnings": warnings,
         "op_types": sorted({shop.graph.nodes[n].op_type for n in written.nodes}),
         **found,
     }

@@ -51,6 +51,9 @@ class Histogram:
     lows: int = 0
     """Sum of the smallest value of each sample, in units of 2 ** -149: exact in any order."""
     highs: int = 0
+    largest: float = 0.0
+    """Sum of the largest magnitude of each sample, and of its square: for the spread alone."""
+    largest_squares: float = 0.0
 
     def add(self, values: Array, *, binned: bool = True, rectified: bool = False) -> None:
         """Take in the float32 values of one sample; `binned=False` keeps the extremes only.
@@ -74,6 +77,8 @@ class Histogram:
         self.values += flat.size
         self.lows += _units(low)
         self.highs += _units(high)
+        self.largest += max(-low, high)
+        self.largest_squares += max(-low, high) ** 2
         if binned:
             self._coarsen(_exponent(max(-low, high)))
             self._count(_picked(flat, low, high), signed=low < 0)
@@ -90,6 +95,8 @@ class Histogram:
         self.masked += other.masked
         self.lows += other.lows
         self.highs += other.highs
+        self.largest += other.largest
+        self.largest_squares += other.largest_squares
 
     @property
     def width(self) -> float:

@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 
 from deploykit.dataset import Dataset
-from deploykit.errors import AnswerIsNo, InputError
-from deploykit.stages.quantize import placement, qdq
+from deploykit.errors import AnswerIsNo
+from deploykit.stages.quantize import guard, placement, qdq
 from deploykit.stages.quantize.account import account
 from deploykit.stages.quantize.calibration import Calibration, Progress, observe
 from deploykit.stages.quantize.graph import Graph
@@ -67,12 +67,7 @@ class Workshop:
             raise nothing(account(graph, widest, {}))
         tensors = widest.written | set(widest.read)
         seen = observe(model, tensors, data, binned=binned, progress=progress)
-        for spec in source.inputs:
-            if spec.name in seen and seen[spec.name].low == seen[spec.name].high:
-                raise InputError(
-                    f"input {spec.name!r} is {seen[spec.name].low} in all of {data.reference}",
-                    hint="calibrate on real data: a constant input tells nothing about the ranges",
-                )
+        guard.check_inputs(source.inputs, seen, data)
         return cls(source, graph, chosen, seen, told)
 
     @cached_property

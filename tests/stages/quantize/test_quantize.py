@@ -142,7 +142,7 @@ def test_a_model_that_cannot_be_quantized_is_an_honest_no(tmp_path: Path) -> Non
     )
     opsets = [helper.make_opsetid("", 17)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "cos.onnx")
-    data = _float_data(tmp_path / "data.npz", x=np.ones((4, 3), np.float32))
+    data = _float_data(tmp_path / "data.npz", x=np.arange(12, dtype=np.float32).reshape(4, 3))
     with pytest.raises(AnswerIsNo, match="0 of 0"):
         quantize(
             open_model(tmp_path / "cos.onnx"), QuantizeOptions(), data=data, out=tmp_path / "q.onnx"
