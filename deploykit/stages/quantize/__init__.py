@@ -70,6 +70,12 @@ class QuantizeOptions(Value):
         default=0, ge=0, description="use the first N samples of the calibration data; 0 for all"
     )
 
+    calibration_cache: str = Field(
+        default="",
+        description="file that keeps what was seen of the tensors, for the next time with the same "
+        "model, data and versions",
+    )
+
     @property
     def preset(self) -> Preset:
         """Types and places of the pairs."""
@@ -179,6 +185,7 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
         rest,
         op_types={name for op_types in options.scopes.values() for name in op_types},
         binned=bool({*options.methods} - {"minmax", "moving_average"}),
+        cache=Path(options.calibration_cache) if options.calibration_cache else None,
         progress=lambda done, total: order.talk("calibrate", done, total),
     )
     warnings = guard.check_enough(shop.seen, order.data) + guard.compared(order.data, evaluated)

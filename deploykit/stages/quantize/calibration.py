@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploykit import store
 from deploykit._lazy import needs
 from deploykit.dataset import Dataset, padded
 from deploykit.environment import read as read_environment
 from deploykit.errors import InputError
 from deploykit.stages.quantize.histogram import Histogram
-from deploykit.values import Array
+from deploykit.values import Array, Json, Value
 
 if TYPE_CHECKING:
     import onnx
@@ -63,6 +64,27 @@ def observe(
         if progress:
             progress(done, len(data))
     return seen
+
+
+class _Kept(Value):
+    """Histograms by tensor, as plain data."""
+
+    tensors: dict[str, Json]
+
+
+def remembered(path: Path | None, identity: Json, make: Callable[[], Calibration]) -> Calibration:
+    """The histograms kept in the file if they were made of the same; else made, and kept there.
+
+    `identity` is everything that decides them. A torn or foreign file is a miss.
+    """
+    if path is None:
+        return make()
+
+    def plain() -> _Kept:
+        return _Kept(tensors={name: h.to_json() for name, h in make().items()})
+
+    kept, _ = store.remember(path, store.digest_of(identity), _Kept, plain)
+    return {name: Histogram.from_json(plain) for name, plain in kept.tensors.items()}
 
 
 def _fixed_batch(model: onnx.ModelProto) -> int:

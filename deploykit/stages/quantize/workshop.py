@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from deploykit import store
 from deploykit.dataset import Dataset
+from deploykit.environment import versions
 from deploykit.errors import AnswerIsNo
 from deploykit.stages.quantize import guard, placement, qdq
 from deploykit.stages.quantize.account import account
-from deploykit.stages.quantize.calibration import Calibration, Progress, observe
+from deploykit.stages.quantize.calibration import Calibration, Progress, observe, remembered
 from deploykit.stages.quantize.graph import Graph
 from deploykit.stages.quantize.levels import Grid
 from deploykit.stages.quantize.methods import Method, calibrate
@@ -45,7 +47,7 @@ class Workshop:
     """What was done to the graph."""
 
     @classmethod
-    def open(
+    def open(  # noqa: PLR0913 - what is looked at, where, how, and who listens
         cls,
         source: Artifact,
         chosen: Preset,
@@ -53,6 +55,7 @@ class Workshop:
         *,
         op_types: Collection[str],
         binned: bool,
+        cache: Path | None = None,
         progress: Progress | None = None,
     ) -> Workshop:
         """Prepare the model and run it once over the data; `op_types` may become integer.
@@ -66,7 +69,19 @@ class Workshop:
         if not widest.nodes:
             raise nothing(account(graph, widest, {}))
         tensors = widest.written | set(widest.read)
-        seen = observe(model, tensors, data, binned=binned, progress=progress)
+        binned = binned or cache is not None
+        identity = {
+            "model": source.sha256,
+            "data": data.digest,
+            "tensors": sorted(tensors),
+            "versions": versions(("onnx", "onnxruntime", "onnxruntime-gpu")),
+            "code": store.code_digest(),
+        }
+        seen = remembered(
+            cache,
+            identity,
+            lambda: observe(model, tensors, data, binned=binned, progress=progress),
+        )
         guard.check_inputs(source.inputs, seen, data)
         return cls(source, graph, chosen, seen, told)
 

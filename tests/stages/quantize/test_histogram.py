@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -106,3 +107,10 @@ def test_a_large_sample_is_thinned_within_the_stated_error():
 
 def test_few_values_have_no_error():
     assert seen(np.arange(10, dtype=np.float32)).share_error == 0.0
+
+
+@settings(deadline=None)
+@given(st.lists(values, min_size=1, max_size=4))
+def test_plain_data_gives_an_equal_histogram_back(samples: list[Array]):
+    histogram = seen(*samples)
+    assert same(Histogram.from_json(json.loads(json.dumps(histogram.to_json()))), histogram)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,7 +13,7 @@ from deploykit.dataset import Dataset, open_dataset
 from deploykit.errors import AnswerIsNo, InputError, UsageError
 from deploykit.evaluation import collect, evaluate
 from deploykit.formats import open_model
-from deploykit.stages.quantize import QuantizeOptions, preset, quantize
+from deploykit.stages.quantize import QuantizeOptions, preset, quantize, workshop
 from deploykit.stages.quantize.calibration import observe
 from deploykit.values import Artifact
 
@@ -211,3 +212,32 @@ def test_a_fixed_batch_is_calibrated_on_all_samples(
     )
     for name, bounds in made.facts["ranges"].items():
         np.testing.assert_allclose(bounds, free.facts["ranges"][name], rtol=1e-4)
+
+
+def test_the_calibration_cache_is_bound_to_model_and_data(
+    teacher_onnx: Artifact, calibration: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[int] = []
+    real = workshop.observe
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        runs.append(1)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(workshop, "observe", counted)
+    cache = tmp_path / "cache.json"
+
+    def made(name: str, data: Dataset, **changes: Any) -> Artifact:
+        options = QuantizeOptions(scope="compute", calibration_cache=str(cache), **changes)
+        return quantize(teacher_onnx, options, data=data, out=tmp_path / name)
+
+    first = made("a.onnx", calibration.first(16), calibration_method="percentile")
+    again = made("b.onnx", calibration.first(16), calibration_method="percentile", percentile=99.99)
+    assert (len(runs), first.facts["ranges"]) == (1, again.facts["ranges"])
+    made("c.onnx", calibration.first(16), calibration_method="minmax")  # another method, same data
+    assert len(runs) == 1
+    made("d.onnx", calibration.first(17), calibration_method="minmax")
+    assert len(runs) == 2
+    cache.write_text(cache.read_text()[:1000])  # torn
+    made("e.onnx", calibration.first(17), calibration_method="mse")
+    assert len(runs) == 3
