@@ -18,6 +18,9 @@ from deploykit.stages import build
 from deploykit.stages.quantize import preset
 from deploykit.values import Artifact, Json
 
+WORST = 8
+"""Nodes that `inspect` lists by the damage that they do."""
+
 
 @click.command("doctor", help=COMMANDS["doctor"][1])
 @_common.json_option
@@ -107,9 +110,22 @@ def _text(artifact: Artifact, graph: Json) -> str:
     for record in artifact.history:
         lines.append(f"  {record.stage} ({record.seconds:.1f} s)")
         lines += [f"    {name}: {_short(value)}" for name, value in record.facts.items()]
+        lines += _worst(record.facts.get("search", {}).get("damage", []))
     if not artifact.history:
         lines.append("  no record: not made by deploykit, or its record is gone")
     return "\n".join(lines)
+
+
+def _worst(damage: list[Json]) -> list[str]:
+    """The nodes whose quantization does most to the outputs."""
+    if not damage:
+        return []
+    rows = [
+        f"      {row['sqnr_db']:6.1f} dB alone, {row['sqnr_db_if_float']:6.1f} dB in all without: "
+        f"{row['operator']} {row['node']}"
+        for row in damage[:WORST]
+    ]
+    return ["    signal to noise of the outputs, worst nodes first (--nodes-to-exclude):", *rows]
 
 
 def _short(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from deploykit.stages.quantize.graph import Graph
 from deploykit.stages.quantize.lab import Lab, Point, Promise, Talk, pareto
 from deploykit.stages.quantize.methods import METHODS, Method
 from deploykit.stages.quantize.presets import SCOPES, Preset, Scope, Target, preset
-from deploykit.stages.quantize.search import search
+from deploykit.stages.quantize.search import damage, search
 from deploykit.stages.quantize.workshop import Variant, Workshop
 from deploykit.store import Job, Made
 from deploykit.values import Artifact, Json, Value
@@ -70,6 +71,10 @@ class QuantizeOptions(Value):
         default=0, ge=0, description="use the first N samples of the calibration data; 0 for all"
     )
 
+    node_damage: bool = Field(
+        default=False,
+        description="measure what quantizing each node alone does to the outputs, for the record",
+    )
     calibration_cache: str = Field(
         default="",
         description="file that keeps what was seen of the tensors, for the next time with the same "
@@ -177,7 +182,7 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
     _check_op_types(options.op_types_to_quantize)
     evaluated = order.promise.data.matching(order.source.inputs) if order.promise else None
     guard.check_samples(order.data, evaluated)
-    chooses = order.promise or len(options.scopes) * len(options.methods) > 1
+    chooses = options.node_damage or order.promise or len(options.scopes) * len(options.methods) > 1
     rest, held = _held_back(order.data) if chooses else (order.data, None)
     shop = Workshop.open(
         order.source,
@@ -197,6 +202,8 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
         lab = Lab(shop, _runtime(options.target), held, order.promise, folder, order.talk)
         point = search(lab, candidates)
         name, variant = point.name, point.variant
+        if options.node_damage and not lab.damages:
+            damage(lab, variant)
         found = {"search": _found(lab, point)}
     written, broken = sound.checked(shop, variant, order.data, out)
     return {
@@ -217,7 +224,28 @@ def _found(lab: Lab, point: Point) -> Json:
         "pareto": [p.name for p in pareto(lab.points)],
         "float_score": lab.float_score and lab.float_score.score.value,
         "chosen": point.told,
+        "damage": _damage(lab, point),
     }
+
+
+def _damage(lab: Lab, point: Point) -> list[Json]:
+    """What each node alone does, the worst first, and what leaving it in float would give.
+
+    The prediction takes the noises of the nodes for independent: the node's own is subtracted.
+    """
+    whole = 10 ** (-point.sqnr_db / 10)
+    return [
+        {
+            "node": row.node,
+            "operator": lab.shop.graph.nodes[row.node].op_type,
+            "sqnr_db": round(row.sqnr_db, 2),
+            "multiply_accumulates": row.work,
+            "sqnr_db_if_float": round(
+                -10 * math.log10(max(whole - 10 ** (-row.sqnr_db / 10), whole / 100)), 2
+            ),
+        }
+        for row in lab.damages
+    ]
 
 
 def _why(

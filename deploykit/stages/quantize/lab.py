@@ -20,8 +20,8 @@ from deploykit.stages.quantize.workshop import Variant, Workshop
 from deploykit.store import digest_of
 from deploykit.values import Array, Artifact, Interval, Json, Score, SessionOptions
 
-ROUNDS = 21
-"""Interleaved timings of each candidate."""
+ROUNDS, SECONDS = (21, 500), 1.0
+"""Fewest and most interleaved timings of each candidate, and how long they may take together."""
 
 Talk = Callable[[str, int, int], None]
 """Told what goes on, how many parts are done, and of how many."""
@@ -75,6 +75,21 @@ class Point:
         }
 
 
+@dataclass(frozen=True)
+class Damage:
+    """What quantizing one node alone does to the outputs."""
+
+    node: str
+    sqnr_db: float
+    work: int
+    """Multiply-accumulates that integers save."""
+
+    @property
+    def noise_per_work(self) -> float:
+        """How bad the trade is."""
+        return float(10 ** (-self.sqnr_db / 10) / self.work)
+
+
 @dataclass
 class Lab:
     """Where candidates of one model are written, run, timed and scored."""
@@ -87,6 +102,8 @@ class Lab:
     talk: Talk
     points: list[Point] = field(default_factory=list)
     float_score: Score | None = None
+    damages: list[Damage] = field(default_factory=list)
+    """What each node alone does, once that was measured."""
 
     def __post_init__(self) -> None:
         self.options = SessionOptions(threads=read_environment().cores)
@@ -140,9 +157,13 @@ class Lab:
         artifacts = [self.shop.source, *(point.artifact for point in points)]
         sessions = [self._open(artifact, 1) for artifact in artifacts]
         calls = [session.prepare(feed) for session in sessions]
-        for call in calls * 3:
+        for call in calls * 2:
             call()
-        times = np.empty((ROUNDS, len(calls)))
+        started = time.perf_counter()
+        for call in calls:
+            call()
+        rounds = int(np.clip(SECONDS / (time.perf_counter() - started), *ROUNDS))
+        times = np.empty((rounds, len(calls)))
         order = np.random.default_rng(0)
         for row in times:
             for number in order.permutation(len(calls)):

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from deploykit.errors import AnswerIsNo
 from deploykit.stages.quantize.graph import multiply_accumulates
-from deploykit.stages.quantize.lab import Lab, Point, pareto
+from deploykit.stages.quantize.lab import Damage, Lab, Point, pareto
 from deploykit.stages.quantize.workshop import Variant
 
 NEAR_DB = 1.0
@@ -140,21 +140,6 @@ def _mixed(lab: Lab, start: Point) -> Point | None:
     return lab.timed([found])[0]
 
 
-@dataclass(frozen=True)
-class Damage:
-    """What quantizing one node alone does to the outputs."""
-
-    node: str
-    sqnr_db: float
-    work: int
-    """Multiply-accumulates that integers save."""
-
-    @property
-    def noise_per_work(self) -> float:
-        """How bad the trade is."""
-        return float(10 ** (-self.sqnr_db / 10) / self.work)
-
-
 def damage(lab: Lab, variant: Variant) -> list[Damage]:
     """Quantize each node alone, and see how the outputs follow on a few held-back samples."""
     macs = multiply_accumulates(lab.shop.graph.model, lab.shop.graph)
@@ -169,6 +154,7 @@ def damage(lab: Lab, variant: Variant) -> list[Damage]:
         except AnswerIsNo:
             continue
         found.append(Damage(node, lab.follow(artifact, few), macs[node] or least))
+    lab.damages = sorted(found, key=lambda row: row.sqnr_db)
     return found
 
 
