@@ -5,7 +5,7 @@
 CACHE holds the cases that `cases.py` made. Every quantizer makes its model in a process of its own
 (from files to a file; imports are not counted); then all models of a case are scored on the
 evaluation data in the runtime that they are for, one sample at a time, and timed there: one thread,
-batch 1, one call of each in every round, in random order. README.md explains the columns.
+batch 1, each once in every round, in random order. README.md explains the columns.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ MAX_LOSS = 0.01
 SAME_TIME = 0.03
 """Times this near each other are a tie."""
 SECONDS, ROUNDS, WARM_UP = 10.0, 30, 3
-"""A case is timed for at least so long, in at least so many rounds, after so many untimed ones."""
+"""A case is timed for at least so long, in at least so many rounds, after so many calls of each."""
+TURN_NS = 2_000_000
+"""An engine's turn in a round is as many calls as the baseline makes in so long, at least one: a
+single call of a tiny model would time the caches that the engine before it has left."""
 RESAMPLES = 999
 SEED = 0
 LIBRARIES = ("onnxruntime", "openvino", "nncf", "onnx", "numpy", "scipy", "sympy")
@@ -345,29 +348,34 @@ def size_mb(model: Path) -> float:
 # Times --------------------------------------------------------------------------------------------
 
 
-def interleaved_ns(runs: Mapping[str, Run], feeds: Sequence[Feed]) -> dict[str, list[int]]:
-    """Nanoseconds of one call of each in every round, in random order, on the same sample."""
+def interleaved_ns(runs: Mapping[str, Run], feeds: Sequence[Feed]) -> dict[str, list[float]]:
+    """Nanoseconds a call of each engine in every round, in random order, on the same sample."""
     rng = np.random.default_rng(SEED)
     names = list(runs)
-    times: dict[str, list[int]] = {name: [] for name in names}
-    end = float("inf")
-    number = -WARM_UP
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for run in runs.values():
+        turn_ns(run, feeds[0], WARM_UP)
+    single = turn_ns(runs[BASELINE], feeds[0], WARM_UP)
+    calls = max(1, round(TURN_NS / single))
+    end = time.perf_counter() + SECONDS
+    number = 0
     while number < ROUNDS or time.perf_counter() < end:
-        if number == 0:
-            end = time.perf_counter() + SECONDS
         feed = feeds[number % len(feeds)]
         for index in rng.permutation(len(names)):
-            run = runs[names[index]]
-            started = time.perf_counter_ns()
-            run(feed)
-            taken = time.perf_counter_ns() - started
-            if number >= 0:
-                times[names[index]].append(taken)
+            times[names[index]].append(turn_ns(runs[names[index]], feed, calls))
         number += 1
     return times
 
 
-def ratio(times: Sequence[int], baseline: Sequence[int]) -> list[float]:
+def turn_ns(run: Run, feed: Feed, calls: int) -> float:
+    """Nanoseconds a call, over some calls in a row."""
+    started = time.perf_counter_ns()
+    for _ in range(calls):
+        run(feed)
+    return round((time.perf_counter_ns() - started) / calls, 1)
+
+
+def ratio(times: Sequence[float], baseline: Sequence[float]) -> list[float]:
     """Median of the per-round ratios, and its 95 % interval (percentile bootstrap over rounds)."""
     ratios = np.array(times) / np.array(baseline)
     rng = np.random.default_rng(SEED)
@@ -386,7 +394,7 @@ class Bench:
     folder: Path
     made: Path
     rows: dict[str, Row]
-    times_ns: dict[str, list[int]] = field(default_factory=dict)
+    times_ns: dict[str, list[float]] = field(default_factory=dict)
     noise: list[float] = field(default_factory=list)
     """Time ratio of the baseline's second session to the first."""
 

@@ -196,6 +196,7 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
     warnings = guard.check_enough(shop.seen, order.data) + guard.compared(order.data, evaluated)
     candidates = _candidates(shop.graph, options, chooses=held is not None)
     found: Json = {}
+    known: dict[str, str] = {}
     if held is None:
         ((name, variant),) = candidates.items()
     else:
@@ -204,10 +205,10 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
         name, variant = point.name, point.variant
         if options.node_damage and not lab.damages:
             damage(lab, variant)
-        found = {"search": _found(lab, point)}
+        found, known = {"search": _found(lab, point)}, lab.broken
     written, broken = sound.checked(shop, variant, order.data, out)
     return {
-        **shop.facts(written, _why(shop.graph, options, candidates, written) | broken),
+        **shop.facts(written, _why(shop.graph, options, candidates, written) | known | broken),
         "candidate": name,
         "warnings": warnings,
         "op_types": sorted({shop.graph.nodes[n].op_type for n in written.nodes}),

@@ -98,12 +98,14 @@ def subgraph_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
 
 def name_nodes(model: onnx.ModelProto) -> None:
     """Give each node of the main graph a name of its own, in place; names that are stay."""
+    given = {node.name for node in model.graph.node}
     taken: set[str] = set()
     for number, node in enumerate(model.graph.node):
         if not node.name or node.name in taken:
-            node.name = f"{node.op_type}_{number}"
-        while node.name in taken:
-            node.name += "_"
+            name = f"{node.op_type}_{number}"
+            while name in given or name in taken:
+                name += "_"
+            node.name = name
         taken.add(node.name)
 
 
@@ -122,7 +124,12 @@ def multiply_accumulates(model: onnx.ModelProto, graph: Graph) -> dict[str, int]
         for value in (*model.graph.value_info, *model.graph.input, *model.graph.output)
     }
     sizes |= {name: list(tensor.dims) for name, tensor in graph.constants.items()}
-    return {name: _count(node, sizes) for name, node in graph.nodes.items()}
+    first = next((sizes[v.name] for v in model.graph.input if v.name not in graph.constants), [1])
+    batch = max(first[0], 1) if first else 1
+    return {
+        name: _count(node, sizes) // (batch if sizes.get(node.output[0], [0])[:1] == [batch] else 1)
+        for name, node in graph.nodes.items()
+    }
 
 
 def _count(node: onnx.NodeProto, sizes: dict[str, list[int]]) -> int:

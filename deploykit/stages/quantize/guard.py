@@ -43,7 +43,8 @@ def check_samples(data: Dataset, evaluated: Dataset | None) -> None:
 def check_inputs(inputs: tuple[TensorSpec, ...], seen: Calibration, data: Dataset) -> None:
     """Raises InputError: an input never changes."""
     for spec in inputs:
-        if spec.name in seen and seen[spec.name].low == seen[spec.name].high:
+        histogram = seen.get(spec.name)
+        if histogram and not histogram.masked and histogram.low == histogram.high:
             raise InputError(
                 f"input {spec.name!r} is {seen[spec.name].low} in all of {data.reference}",
                 hint="calibrate on real data: a constant input tells nothing about the ranges",

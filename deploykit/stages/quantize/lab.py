@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from deploykit.backends import open_session
-from deploykit.dataset import Dataset
+from deploykit.dataset import Dataset, padded
 from deploykit.environment import read as read_environment
+from deploykit.errors import InputError, StageError
 from deploykit.evaluation import collect, evaluate, metric_identity
 from deploykit.metrics import drop
 from deploykit.session import Session
+from deploykit.stages.quantize import sound
 from deploykit.stages.quantize.workshop import Variant, Workshop
 from deploykit.store import digest_of
 from deploykit.values import Array, Artifact, Interval, Json, Score, SessionOptions
@@ -102,6 +104,8 @@ class Lab:
     talk: Talk
     points: list[Point] = field(default_factory=list)
     float_score: Score | None = None
+    broken: dict[str, str] = field(default_factory=dict)
+    """Nodes that break the model when quantized, with the reason."""
     damages: list[Damage] = field(default_factory=list)
     """What each node alone does, once that was measured."""
 
@@ -141,19 +145,35 @@ class Lab:
         noise = [_noise(self.reference[name][: len(have[name])], have[name]) for name in have]
         return -10 * math.log10(max(float(np.mean(noise)), 1e-12))
 
+    def _follow_if_sound(self, artifact: Artifact) -> float:
+        """As `follow`, NaN for a model that the runtime does not take."""
+        try:
+            return self.follow(artifact)
+        except InputError:
+            return math.nan
+
     def try_out(self, name: str, variant: Variant) -> Point | None:
-        """Write and run a candidate; None if it gives NaN."""
+        """Write and run a candidate, without the nodes that break it; None if it stays broken."""
         artifact = self.written(name, variant)
-        sqnr = self.follow(artifact)
+        sqnr = self._follow_if_sound(artifact)
         if math.isnan(sqnr):
-            return None
+            try:
+                variant, broken = sound.checked(self.shop, variant, self.held, artifact.path)
+            except StageError:
+                return None
+            self.broken |= broken
+            sqnr = self._follow_if_sound(artifact)
+            if math.isnan(sqnr):
+                return None
         point = Point(name, variant, artifact, sqnr)
         self.points.append(point)
         return point
 
     def timed(self, points: Sequence[Point]) -> list[Point]:
         """The points with their times over the float model's, all interleaved, one thread."""
-        feed, _ = next(self.held.batches(_batch(self.shop.source)))
+        size = _batch(self.shop.source)
+        feed, _ = next(self.held.batches(size))
+        feed = {name: padded(array, size) for name, array in feed.items()}
         artifacts = [self.shop.source, *(point.artifact for point in points)]
         sessions = [self._open(artifact, 1) for artifact in artifacts]
         calls = [session.prepare(feed) for session in sessions]

@@ -122,8 +122,11 @@ def _operands(node: onnx.NodeProto) -> list[str]:
 
 
 def _take(graph: Graph, node: onnx.NodeProto, preset: Preset, made: Plan) -> None:
+    operands = list(enumerate(_operands(node)))
+    if not preset.outputs and not any(_joins_as_integer(graph, node, i) for i, _ in operands):
+        return
     made.nodes[node.name] = "integer"
-    for index, name in enumerate(_operands(node)):
+    for index, name in operands:
         if name not in graph.constants:
             if preset.outputs or _joins_as_integer(graph, node, index):
                 made.read.setdefault(name, set()).add(node.name)
@@ -132,14 +135,24 @@ def _take(graph: Graph, node: onnx.NodeProto, preset: Preset, made: Plan) -> Non
             made.weights[node.name, index] = axis
         elif preset.outputs:
             made.weights[node.name, index] = None
-    bias = node.input[2] if node.op_type in COMPUTE and len(node.input) > 2 else ""
-    if graph.constant(bias) is not None:
+    if _has_plain_bias(graph, node, made):
         made.biases.add(node.name)
     if preset.outputs and node.op_type not in FLOAT_RESULTS:
         result = _result(graph, node)
         made.written.add(result)
         if result != node.output[0]:
             made.nodes[graph.producers[result].name] = "fused"
+
+
+def _has_plain_bias(graph: Graph, node: onnx.NodeProto, made: Plan) -> bool:
+    """Whether there is a constant bias with one value for each channel of constant weights."""
+    if len(node.input) < 3 or (node.name, 1) not in made.weights:
+        return False
+    if (node.name, 0) in made.weights:
+        return False
+    bias = graph.constant(node.input[2])
+    dims = graph.constants[node.input[1]].dims
+    return bias is not None and bias.shape == (dims[channel_axis(node)],)
 
 
 def _per_channel(graph: Graph, node: onnx.NodeProto) -> bool:

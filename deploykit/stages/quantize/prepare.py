@@ -31,6 +31,12 @@ def prepare(path: Path) -> tuple[onnx.ModelProto, tuple[str, ...]]:
 
     model = onnx_file.read(path)
     told: list[str] = []
+    weights = {tensor.name for tensor in model.graph.initializer}
+    if inputs := [value for value in model.graph.input if value.name in weights]:
+        for value in inputs:  # as IR 3 wants it; the tools take those for inputs without a value
+            model.graph.input.remove(value)
+        model.ir_version = max(model.ir_version, 4)
+        told.append(f"{len(inputs)} weights are no inputs any more")
     if (before := onnx_file.opset(model)) < 13:
         model = onnx.version_converter.convert_version(model, OPSET)
         told.append(f"opset lifted from {before} to {OPSET}")

@@ -16,7 +16,8 @@ from deploykit.values import Array
 if TYPE_CHECKING:
     import onnx
 
-LARGEST_BIAS = 2**31 - 1
+LARGEST_BIAS = 2**31 - 128
+"""The largest int32 that is a float32 too."""
 SMALLEST_SHARE = 1e-6
 """A channel's scale as a share of the largest one, at least."""
 _TYPES = {"uint8": np.uint8, "int8": np.int8}
@@ -51,7 +52,7 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     used = {node.domain for node in model.graph.node}
     used |= {inner.domain for node in model.graph.node for inner in subgraph_nodes(node)}
     used |= {node.domain for function in model.functions for node in function.node}
-    bare.opset_import.extend(o for o in model.opset_import if o.domain in used | {""})
+    bare.opset_import.extend(o for o in model.opset_import if o.domain in used | {"", "ai.onnx"})
     bare.functions.extend(model.functions)
     bare.metadata_props.extend(model.metadata_props)
     bare.graph.name = model.graph.name or "graph"
@@ -71,6 +72,7 @@ class _Writer:
         """Dequantized constants: they come before all nodes."""
         self.added: dict[str, onnx.TensorProto] = {}
         self._activation = _TYPES[preset.activation]
+        self._tag = _free_tag(graph)
 
     def grid(self, tensor: str) -> Grid:
         return self.grids[self.plan.root(tensor)]
@@ -89,15 +91,15 @@ class _Writer:
             result.append(copy)
             for index, name in enumerate(node.output):
                 if name in self.plan.written:
-                    copy.output[index] = f"{name}_float"
+                    copy.output[index] = f"{name}{self._tag}_float"
                 result += self._pair(name)
         return result
 
     def _pair(self, tensor: str) -> list[onnx.NodeProto]:
         if tensor in self.plan.written:
-            return self._quantized(tensor, f"{tensor}_float", tensor)
+            return self._quantized(tensor, f"{tensor}{self._tag}_float", tensor)
         if tensor in self.plan.read:
-            return self._quantized(tensor, tensor, f"{tensor}_dequantized")
+            return self._quantized(tensor, tensor, f"{tensor}{self._tag}_dequantized")
         return []
 
     def _quantized(self, tensor: str, source: str, target: str) -> list[onnx.NodeProto]:
@@ -105,9 +107,11 @@ class _Writer:
 
         grid = self.grid(tensor)
         root = self.plan.root(tensor)
-        scale = self._constant(f"{root}_scale", np.array(grid.scale, np.float32))
-        zero = self._constant(f"{root}_zero_point", np.array(grid.zero_point, self._activation))
-        integer = f"{tensor}_quantized"
+        scale = self._constant(f"{root}{self._tag}_scale", np.array(grid.scale, np.float32))
+        zero = self._constant(
+            f"{root}{self._tag}_zero_point", np.array(grid.zero_point, self._activation)
+        )
+        integer = f"{tensor}{self._tag}_quantized"
         return [
             onnx.helper.make_node(
                 "QuantizeLinear", [source, scale, zero], [integer], f"{tensor}_QuantizeLinear"
@@ -122,7 +126,7 @@ class _Writer:
         original = list(node.input)
         for index, name in enumerate(original):
             if node.name in self.plan.read.get(name, ()):
-                node.input[index] = f"{name}_dequantized"
+                node.input[index] = f"{name}{self._tag}_dequantized"
             elif (node.name, index) in self.plan.weights:
                 node.input[index] = self._weights(node.name, index, original)
         if node.name in self.plan.biases and self.preset.quantize_bias:
@@ -158,7 +162,7 @@ class _Writer:
         if name in self.plan.biases and self.preset.quantize_bias:
             bias = self.graph.constant(inputs[2])
             assert bias is not None  # noqa: S101
-            least = np.abs(bias) / (self.grid(inputs[0]).scale * LARGEST_BIAS)
+            least = np.abs(bias.reshape(-1)) / (self.grid(inputs[0]).scale * LARGEST_BIAS)
             scale = np.maximum(scale, least if scale.ndim else least.max(initial=0.0))
         return scale.astype(np.float32)
 
@@ -178,19 +182,17 @@ class _Writer:
 
         where = "" if axis is None else f"_axis{axis % integers.ndim}"
         base = f"{tensor}{where}"
-        while (
-            base + "_quantized" in self.added
-            and self.added[base + "_scale"].raw_data != np.asarray(scale, np.float32).tobytes()
-        ):
+        same = np.asarray(scale, np.float32).tobytes()
+        while (other := self.added.get(f"{base}{self._tag}_scale")) and other.raw_data != same:
             base += "_"
-        target = f"{base}_dequantized"
-        if f"{base}_quantized" in self.added:
+        target = f"{base}{self._tag}_dequantized"
+        if f"{base}{self._tag}_quantized" in self.added:
             return target
         points = np.full(np.shape(scale), zero, integers.dtype)
         names = [
-            self._constant(f"{base}_quantized", integers),
-            self._constant(f"{base}_scale", np.asarray(scale, np.float32)),
-            self._constant(f"{base}_zero_point", points),
+            self._constant(f"{base}{self._tag}_quantized", integers),
+            self._constant(f"{base}{self._tag}_scale", np.asarray(scale, np.float32)),
+            self._constant(f"{base}{self._tag}_zero_point", points),
         ]
         attributes: dict[str, Any] = {} if axis is None else {"axis": axis % integers.ndim}
         self.first.append(
@@ -206,6 +208,17 @@ class _Writer:
         if name not in self.added:
             self.added[name] = onnx.numpy_helper.from_array(np.asarray(value, order="C"), name)
         return name
+
+
+def _free_tag(graph: Graph) -> str:
+    """What to put into the names of new tensors so that they are new."""
+    taken = {*graph.constants, *graph.producers, *graph.captured}
+    taken |= {value.name for value in graph.model.graph.input}
+    ends = ("_float", "_quantized", "_dequantized", "_scale", "_zero_point")
+    tag = ""
+    while any(name.endswith(tuple(tag + end for end in ends)) for name in taken):
+        tag += "_qdq"
+    return tag
 
 
 def weight_scales(values: Array, axis: int | None, levels: Levels) -> Array:

@@ -122,14 +122,12 @@ def _mixed(lab: Lab, start: Point) -> Point | None:
         point = lab.scored(point)
         return point if lab.keeps(point) else None
 
-    low, high, found = 0, 1, None
+    low, high = 0, min(1, len(worst))
+    found = without(high)
     while found is None and high < len(worst):
+        low, high = high, min(2 * high, len(worst))
         found = without(high)
-        if found is None:
-            low, high = high, min(2 * high, len(worst))
-            if high == len(worst):
-                break
-    while found is not None and high - low > max(1, high // 8):
+    while found is not None and high - low > max(1, high // 16):
         middle = (low + high) // 2
         if better := without(middle):
             found, high = better, middle

@@ -32,7 +32,7 @@ def checked(
         return variant, {}
     guilty = _guilty(shop, variant, variant.nodes, feed, out)
     rest = replace(variant, nodes=tuple(n for n in variant.nodes if n not in guilty))
-    if not guilty or _fault(shop.write(rest, out), feed):
+    if not guilty or not rest.nodes or _fault(shop.write(rest, out), feed):
         raise StageError(
             f"the quantized model is broken: {reason}",
             hint="leave nodes out with --nodes-to-exclude, or try another --scope",

@@ -107,9 +107,6 @@ def test_names_become_unique() -> None:
     assert [node.name for node in model.graph.node] == names
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a made-up name takes one that a later node has, which is renamed then"
-)
 def test_a_name_that_is_stays() -> None:
     model = parsed("(float x) => (float y) { h = Relu(x) [Relu_0] y = Relu(h) }")
     name_nodes(model)
@@ -151,7 +148,6 @@ def test_multiply_accumulates_by_hand(text: str, weights: tuple[int, ...], count
     assert list(multiply_accumulates(graph.model, graph).values()) == [count]
 
 
-@pytest.mark.xfail(strict=True, reason="a fixed batch of 4 is counted four times")
 def test_multiply_accumulates_are_those_of_one_sample() -> None:
     graph = graph_of("(float[4,6] x) => (float[4,5] y) { y = Gemm(x, w) }", w=normal(6, 5))
     assert list(multiply_accumulates(graph.model, graph).values()) == [30]

@@ -219,9 +219,6 @@ def test_of_two_convolutions_that_meet_in_an_add_one_fuses_it(target: Preset) ->
 
 
 @fusing
-@pytest.mark.xfail(
-    strict=True, reason="an Add of which no operand becomes integer counts as quantized"
-)
 def test_an_add_that_nothing_fuses_is_not_told_as_quantized(target: Preset) -> None:
     graph = graph_of("(float[N,4] x) => (float[N,4] y) { g = Exp(x) h = Neg(x) [a] y = Add(g, h) }")
     made = plan(graph, ("a",), target)

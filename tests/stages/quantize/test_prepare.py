@@ -181,7 +181,6 @@ def test_where_shape_inference_fails_the_rest_still_works(
     assert follow(source, int8, data, "ort-cpu") > 20
 
 
-@pytest.mark.xfail(strict=True, reason="weights that are inputs too lose their values: ValueError")
 @pytest.mark.parametrize(("ir_version", "opset"), [(3, 9), (3, 13), (8, 13)])
 def test_weights_that_are_inputs_too(ir_version: int, opset: int, tmp_path: Path) -> None:
     """As all exporters wrote them before IR version 4."""
