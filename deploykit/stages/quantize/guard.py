@@ -28,7 +28,9 @@ def check_samples(data: Dataset, evaluated: Dataset | None) -> None:
     if twice > MOST_SHARED * len(data):
         raise InputError(
             f"{twice} of {len(data)} samples in {data.reference} are repetitions",
-            hint="give samples that differ: a repeated one tells nothing new about the ranges",
+            hint="give samples that differ: a repeated one tells nothing new about the ranges"
+            if len(digests) > 1
+            else "calibrate on real data: a constant input tells nothing about the ranges",
         )
     if evaluated is None:
         return
