@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 _asked = False
+_holding = False
 
 
 def listen() -> None:
@@ -23,12 +26,24 @@ def asked() -> bool:
 
 def check() -> None:
     """Raise KeyboardInterrupt if the user asked to stop: between steps, and before publishing."""
-    if _asked:
+    if _asked and not _holding:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Finish what belongs together first: an interrupt in the block is raised at its end."""
+    global _holding  # noqa: PLW0603 - a signal belongs to the process
+    _holding = True
+    try:
+        yield
+    finally:
+        _holding = False
+    check()
 
 
 def _remember(number: int, frame: FrameType | None) -> None:
     global _asked  # noqa: PLW0603 - a signal belongs to the process
     del number, frame
     _asked = True
-    raise KeyboardInterrupt
+    check()

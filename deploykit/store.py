@@ -12,11 +12,12 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deploykit import _files
+from deploykit import _files, _interrupt
 from deploykit.environment import versions
 from deploykit.errors import InputError, IntegrityError, UsageError
 from deploykit.values import (
@@ -87,33 +88,36 @@ def produce(job: Job, work: Callable[[Path], Made], *, out: Path, force: bool = 
     _files.check_free(out, force=force)
     _check_replaceable(out)
     started = time.monotonic()
-    with _files.staged(out) as temporary:
-        made = work(temporary)
-        record = StageRecord(
-            stage=job.stage,
-            options=job.options.model_dump(mode="json"),
-            facts=made.facts,
-            inputs=job.inputs,
-            versions=versions(("deploykit", *job.libraries)),
-            seconds=round(time.monotonic() - started, 3),
-            key=job.key,
-        )
-        artifact = Artifact(
-            path=out,
-            format=made.format,
-            precision=made.precision,
-            inputs=made.inputs,
-            outputs=made.outputs,
-            sha256=digest(temporary),
-            preprocessing=made.preprocessing or (job.source and job.source.preprocessing),
-            history=(*(job.source.history if job.source else ()), record),
-        )
-        if temporary.is_dir():
-            _write_record(temporary / FOLDER_RECORD, artifact)
-        else:
-            record_path(out).unlink(missing_ok=True)  # never a new model beside an old record
-    if not out.is_dir():
-        _write_record(record_path(out), artifact)
+    with ExitStack() as publishing:
+        with _files.staged(out) as temporary:
+            made = work(temporary)
+            record = StageRecord(
+                stage=job.stage,
+                options=job.options.model_dump(mode="json"),
+                facts=made.facts,
+                inputs=job.inputs,
+                versions=versions(("deploykit", *job.libraries)),
+                seconds=round(time.monotonic() - started, 3),
+                key=job.key,
+            )
+            artifact = Artifact(
+                path=out,
+                format=made.format,
+                precision=made.precision,
+                inputs=made.inputs,
+                outputs=made.outputs,
+                sha256=digest(temporary),
+                preprocessing=made.preprocessing or (job.source and job.source.preprocessing),
+                history=(*(job.source.history if job.source else ()), record),
+            )
+            _interrupt.check()
+            publishing.enter_context(_interrupt.held())  # a model and its record go together
+            if temporary.is_dir():
+                _write_record(temporary / FOLDER_RECORD, artifact)
+            else:
+                record_path(out).unlink(missing_ok=True)  # never a new model beside an old record
+        if not out.is_dir():
+            _write_record(record_path(out), artifact)
     return artifact
 
 

@@ -34,7 +34,7 @@ def call(command: click.Command, args: Sequence[str] | None = None) -> int:
     except SystemExit as error:
         return _report(RuntimeError(f"something called sys.exit({error.code!r})"))
     except KeyboardInterrupt:
-        _say("interrupted", "what was there before is untouched")
+        _say("interrupted", "what is there is whole: as it was before, or done")
         return INTERRUPTED
     return result if isinstance(result, int) else 0
 
@@ -42,7 +42,7 @@ def call(command: click.Command, args: Sequence[str] | None = None) -> int:
 def _report(error: Exception) -> int:
     """Two lines for any error, and its exit code."""
     if _interrupt.asked():  # whatever broke, it broke because the user stopped it
-        _say("interrupted", "what was there before is untouched")
+        _say("interrupted", "what is there is whole: as it was before, or done")
         return INTERRUPTED
     fact, hint, code = _explained(error)
     if code == ANSWER_IS_NO:
@@ -55,7 +55,7 @@ def _report(error: Exception) -> int:
 def _explained(error: Exception) -> tuple[str, str, int]:
     match error:
         case click.exceptions.Abort():
-            told = "interrupted", "what was there before is untouched", INTERRUPTED
+            told = "interrupted", "what is there is whole: as it was before, or done", INTERRUPTED
         case click.exceptions.NoArgsIsHelpError():
             click.echo(error.format_message(), err=True)
             told = "", "", USAGE
