@@ -122,10 +122,11 @@ def _mixed(lab: Lab, start: Point) -> Point | None:
         point = lab.scored(point)
         return point if lab.keeps(point) else None
 
-    low, high = 0, min(1, len(worst))
-    found = without(high)
-    while found is None and high < len(worst):
-        low, high = high, min(2 * high, len(worst))
+    most = len(worst) - 1  # with all of them in float it is no INT8 model
+    low, high = 0, min(1, most)
+    found = without(high) if high else None
+    while found is None and high < most:
+        low, high = high, min(2 * high, most)
         found = without(high)
     while found is not None and high - low > max(1, high // 16):
         middle = (low + high) // 2

@@ -31,7 +31,7 @@ def test_zero_is_exact_and_inside_the_range_no_error_exceeds_a_step(
 ) -> None:
     grid = levels.fitted(low, high)
     assert 0 < grid.scale < np.inf
-    assert grid.scale == np.float32(grid.scale)  # what the file can hold
+    assert grid.scale == float(np.float32(grid.scale))  # what the file can hold
     assert levels.lowest <= grid.zero_point <= levels.highest
     values = np.linspace(low, high, 50)
     error = np.abs(grid.rounded(values) - values)

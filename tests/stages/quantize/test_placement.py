@@ -160,6 +160,18 @@ def test_a_barred_result_of_a_move_ends_the_way_of_integers() -> None:
     assert made.nodes == {"one": "integer"}
 
 
+def test_a_split_of_which_one_part_is_barred_moves_no_integers() -> None:
+    text = f"""(float[N,3,8,8] x) => (float[N,4,8,8] y, float[N,2,8,8] z) {{
+        [one] h = {CONV}(x, w)
+        [split] p, q = Split<axis=1>(h)
+        [two] y = {CONV}(p, v)
+        z = Neg(q)
+    }}"""
+    weights = {"w": W3, "v": normal(4, 2, 3, 3)}
+    assert placed(text, **weights).nodes["split"] == "moves"
+    assert "split" not in placed(text, barred=("q",), **weights).nodes
+
+
 @pytest.mark.parametrize("kind", ["int32", "double", "float16"])
 def test_other_types_stay_as_they_are(kind: str) -> None:
     text = f"({kind}[N,6] x, {kind}[6,5] z) => ({kind}[N,5] y) {{ [m] y = MatMul(x, z) }}"
