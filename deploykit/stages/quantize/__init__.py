@@ -15,11 +15,12 @@ from pydantic import Field
 from deploykit import store
 from deploykit.backends import backend
 from deploykit.dataset import Dataset
+from deploykit.environment import read as read_environment
 from deploykit.errors import InputError, UsageError, did_you_mean
 from deploykit.stages.quantize import guard, placement, sound
 from deploykit.stages.quantize.graph import Graph
 from deploykit.stages.quantize.lab import Lab, Point, Promise, Talk, pareto
-from deploykit.stages.quantize.methods import METHODS, Method
+from deploykit.stages.quantize.methods import EXACT, METHODS, Method
 from deploykit.stages.quantize.presets import SCOPES, Preset, Scope, Target, preset
 from deploykit.stages.quantize.search import damage, search
 from deploykit.stages.quantize.workshop import Variant, Workshop
@@ -101,6 +102,11 @@ class QuantizeOptions(Value):
         """The calibration methods to try."""
         return METHODS if self.calibration_method == "auto" else (self.calibration_method,)
 
+    @property
+    def chooses(self) -> bool:
+        """Whether something is left to choose by measurement."""
+        return len(self.scopes) * len(self.methods) > 1
+
 
 def quantize(  # noqa: PLR0913 - what goes in, what comes out, how, and who listens
     source: Artifact,
@@ -157,6 +163,9 @@ def quantize(  # noqa: PLR0913 - what goes in, what comes out, how, and who list
     others = {"calibration": bound.digest, "preset": store.digest_of(chosen.model_dump())}
     if promise:
         others["promise"] = promise.digest
+    if options.chooses or promise:
+        machine = read_environment().model_dump(mode="json", exclude={"load_average"})
+        others["machine"] = store.digest_of(machine)  # what is chosen by timing is chosen for it
     job = Job(stage="quantize", source=source, options=options, others=others, libraries=LIBRARIES)
     return store.produce(job, work, out=out, force=force)
 
@@ -182,25 +191,27 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
     _check_op_types(options.op_types_to_quantize)
     evaluated = order.promise.data.matching(order.source.inputs) if order.promise else None
     guard.check_samples(order.data, evaluated)
-    chooses = options.node_damage or order.promise or len(options.scopes) * len(options.methods) > 1
-    rest, held = _held_back(order.data) if chooses else (order.data, None)
+    judged = options.chooses or options.node_damage or order.promise
+    rest, held = _held_back(order.data) if judged else (order.data, None)
     shop = Workshop.open(
         order.source,
         options.preset,
         rest,
         op_types={name for op_types in options.scopes.values() for name in op_types},
-        binned=bool({*options.methods} - {"minmax", "moving_average"}),
+        binned=bool({*options.methods} - EXACT),
         cache=Path(options.calibration_cache) if options.calibration_cache else None,
         progress=lambda done, total: order.talk("calibrate", done, total),
     )
-    warnings = guard.check_enough(shop.seen, order.data) + guard.compared(order.data, evaluated)
+    warnings = guard.check_enough(shop.seen, rest) + guard.compared(order.data, evaluated)
     candidates = _candidates(shop.graph, options, chooses=held is not None)
     found: Json = {}
     known: dict[str, str] = {}
     if held is None:
         ((name, variant),) = candidates.items()
     else:
-        lab = Lab(shop, _runtime(options.target), held, order.promise, folder, order.talk)
+        runtime, elsewhere = _runtime(options.target)
+        warnings += elsewhere
+        lab = Lab(shop, runtime, held, order.promise, folder, order.talk)
         point = search(lab, candidates)
         name, variant = point.name, point.variant
         if options.node_damage and not lab.damages:
@@ -278,17 +289,13 @@ def _candidates(graph: Graph, options: QuantizeOptions, *, chooses: bool) -> dic
     found: dict[str, Variant] = {}
     taken: set[tuple[str, ...]] = set()
     for name, op_types in scopes.items():
-        nodes = _nodes(graph, op_types, options)
+        nodes = placement.chosen(
+            graph, op_types, include=options.nodes_to_quantize, exclude=options.nodes_to_exclude
+        )
         if nodes not in taken:
             taken.add(nodes)
             found |= {f"{name}-{m}": Variant(nodes, m, options.percentile) for m in methods}
     return found
-
-
-def _nodes(graph: Graph, op_types: tuple[str, ...], options: QuantizeOptions) -> tuple[str, ...]:
-    return placement.chosen(
-        graph, op_types, include=options.nodes_to_quantize, exclude=options.nodes_to_exclude
-    )
 
 
 def _check_op_types(asked: tuple[str, ...]) -> None:
@@ -300,8 +307,12 @@ def _check_op_types(asked: tuple[str, ...]) -> None:
             )
 
 
-def _runtime(target: Target) -> str:
-    """The backend on which candidates run: the target's own where it runs here."""
-    if target == "tensorrt" or backend(target).unavailable():
-        return "ort-cpu"
-    return target
+def _runtime(target: Target) -> tuple[str, list[str]]:
+    """The backend on which candidates run, and a warning where it is not the target's own."""
+    if target == "tensorrt":
+        reason: str | None = "engines are built here, not run"
+    else:
+        reason = backend(target).unavailable()
+    if reason is None:
+        return target, []
+    return "ort-cpu", [f"scores and times are of ort-cpu, not of {target}: {reason}"]

@@ -54,7 +54,7 @@ def check_inputs(inputs: tuple[TensorSpec, ...], seen: Calibration, data: Datase
 
 
 def check_enough(seen: Calibration, data: Dataset) -> list[str]:
-    """A warning where the ranges are only roughly known.
+    """A warning where the ranges are only roughly known; `data` is what was calibrated on.
 
     The largest magnitudes of the samples vary; with n of them their mean is known within
     1.96 * s / sqrt(n) at 95 % confidence, relative to it, in the median tensor. Raises InputError:
@@ -65,7 +65,7 @@ def check_enough(seen: Calibration, data: Dataset) -> list[str]:
         return []
     error, count = statistics.median(errors), len(data)
     enough = math.ceil(count * (error / GOOD) ** 2)
-    told = f"{data.reference} has {count} samples: ranges are known within {error:.0%}"
+    told = f"{data.reference}, calibrated on {count} samples: ranges are known within {error:.0%}"
     if error > ROUGH:
         raise InputError(told, hint=f"about {enough} samples would bring that to {GOOD:.0%}")
     return (

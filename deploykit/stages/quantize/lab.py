@@ -63,6 +63,8 @@ class Point:
     drop: Interval | None = None
     time_ratio: float | None = None
     """Time over the float model's on the same runtime, one sample, one thread."""
+    timed_as: str | None = None
+    """The candidate that was timed: itself, or the one with the same nodes and other ranges."""
 
     @property
     def told(self) -> Json:
@@ -73,6 +75,7 @@ class Point:
             "score": self.score,
             "drop": self.drop and self.drop.value,
             "time_ratio": self.time_ratio and round(self.time_ratio, 3),
+            "timed_as": self.timed_as,
             "size_bytes": self.artifact.path.stat().st_size,
         }
 
@@ -131,10 +134,6 @@ class Lab:
             batch_size=1,
         )
 
-    def written(self, name: str, variant: Variant) -> Artifact:
-        """Write a candidate."""
-        return self.shop.write(variant, self.folder / f"{name}.onnx")
-
     def follow(self, artifact: Artifact, samples: Dataset | None = None) -> float:
         """Signal to quantization noise over all outputs in dB. Raises InputError: it does not run.
 
@@ -154,7 +153,7 @@ class Lab:
 
     def try_out(self, name: str, variant: Variant) -> Point | None:
         """Write and run a candidate, without the nodes that break it; None if it stays broken."""
-        artifact = self.written(name, variant)
+        artifact = self.shop.write(variant, self.folder / f"{name}.onnx")
         sqnr = self._follow_if_sound(artifact)
         if math.isnan(sqnr):
             try:
@@ -192,7 +191,7 @@ class Lab:
                 row[number] = time.perf_counter() - started
         ratios = np.exp(np.median(np.log(times / times[:, :1]), axis=0))
         return [
-            self.know(replace(point, time_ratio=float(ratio)))
+            self.know(replace(point, time_ratio=float(ratio), timed_as=point.name))
             for point, ratio in zip(points, ratios[1:], strict=True)
         ]
 

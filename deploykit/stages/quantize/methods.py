@@ -16,6 +16,8 @@ from deploykit.stages.quantize.levels import Levels
 from deploykit.values import Array
 
 Method = Literal["minmax", "moving_average", "percentile", "entropy", "mse"]
+EXACT: frozenset[Method] = frozenset({"minmax", "moving_average"})
+"""They need the extremes alone, which are exact."""
 Range = tuple[float, float]
 
 ENTROPY_STEP = 16

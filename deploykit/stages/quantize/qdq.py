@@ -25,13 +25,9 @@ _TYPES = {"uint8": np.uint8, "int8": np.int8}
 
 def write(graph: Graph, made: Plan, grids: Mapping[str, Grid], preset: Preset) -> onnx.ModelProto:
     """A copy of the model with the pairs of the plan; `grids` are those of `made.tensors`."""
-    import onnx
-
     writer = _Writer(graph, made, grids, preset)
     nodes = writer.nodes()
-    model = onnx.ModelProto()
-    model.CopyFrom(_without_weights(graph.model))
-    del model.graph.node[:]
+    model = _without_weights(graph.model)
     model.graph.node.extend([*writer.first, *nodes])
     used = {name for node in nodes for name in node.input} | {
         name for node in writer.first for name in node.input
@@ -162,7 +158,7 @@ class _Writer:
         if name in self.plan.biases and self.preset.quantize_bias:
             bias = self.graph.constant(inputs[2])
             assert bias is not None  # noqa: S101
-            least = np.abs(bias.reshape(-1)) / (self.grid(inputs[0]).scale * LARGEST_BIAS)
+            least = np.abs(bias) / (self.grid(inputs[0]).scale * LARGEST_BIAS)
             scale = np.maximum(scale, least if scale.ndim else least.max(initial=0.0))
         return scale.astype(np.float32)
 

@@ -58,7 +58,10 @@ def _by_speed(lab: Lab, points: Sequence[Point]) -> list[list[Point]]:
     lab.talk("time the candidates", 0, 1)
     timed = lab.timed([group[0] for group in groups.values()])
     result = [
-        [lab.know(replace(point, time_ratio=first.time_ratio)) for point in group]
+        [
+            lab.know(replace(point, time_ratio=first.time_ratio, timed_as=first.name))
+            for point in group
+        ]
         for first, group in zip(timed, groups.values(), strict=True)
     ]
     return sorted(result, key=lambda group: group[0].time_ratio or 1.0)

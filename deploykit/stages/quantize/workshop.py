@@ -16,7 +16,7 @@ from deploykit.stages.quantize.account import account
 from deploykit.stages.quantize.calibration import Calibration, Progress, observe, remembered
 from deploykit.stages.quantize.graph import Graph
 from deploykit.stages.quantize.levels import Grid
-from deploykit.stages.quantize.methods import Method, calibrate
+from deploykit.stages.quantize.methods import EXACT, Method, calibrate
 from deploykit.stages.quantize.placement import Plan
 from deploykit.stages.quantize.prepare import prepare
 from deploykit.stages.quantize.presets import COMPUTE, Preset
@@ -136,7 +136,9 @@ class Workshop:
             "prepared": list(self.told),
             "huge_ranges": [name for name, value in largest.items() if value > HUGE],
             "ranges": {name: _bounds(grids[name]) for name in sorted(grids)},
-            "share_error": max((self.seen[n].share_error for n in made.tensors), default=0.0),
+            "share_error": 0.0
+            if variant.method in EXACT
+            else max((self.seen[n].share_error for n in made.tensors), default=0.0),
         }
 
 
