@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from deploykit import verify
+from deploykit import _files, pipeline, verify
 from deploykit._files import held
 from deploykit.errors import InputError, UsageError
+from deploykit.formats import open_model
 from deploykit.measure import statistics
 from deploykit.pipeline import run
 from deploykit.plan import describe, plan
@@ -200,3 +201,18 @@ def test_tensorrt_is_no_target_of_a_run_here(recipe: Recipe, tmp_path: Path) -> 
     with pytest.raises(UsageError, match="tensorrt models do not run here"):
         run(asked, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_version_rises_with_another_model_and_only_then(recipe: Recipe, out: Path) -> None:
+    memory = out / "work" / "bundle.json"
+    last = json.loads(memory.read_text())["value"]
+    (served,) = [entry["sha256"] for entry in last["files"] if entry["role"] == "model"]
+    shipped = next(a for a in (out / "work").glob("*.onnx") if _files.sha256(a) == served)
+    artifact = open_model(shipped)
+    state = pipeline.Run(recipe, out, pipeline._Silent())
+    assert pipeline._package_options(state, artifact, memory).version == last["version"] == 1
+    other = artifact.model_copy(update={"sha256": "0" * 64})
+    assert pipeline._package_options(state, other, memory).version == 2
+    assert pipeline._package_options(state, other, out / "nothing.json").version == 1
+    state.recipe = recipe.model_copy(update={"bench": _with(recipe.bench, threads=2)})
+    assert pipeline._package_options(state, artifact, memory).threads == 2

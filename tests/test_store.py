@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from deploykit import environment, store
+from deploykit import _interrupt, environment, store
 from deploykit.errors import InputError, IntegrityError, UsageError
 from deploykit.store import Job, Made
 from deploykit.values import Artifact, Interval, Preprocessing, Score, TensorSpec, Value
@@ -509,3 +509,27 @@ def test_what_is_no_json_object_is_refused(tmp_path: Path, data: bytes, fact: st
     path.write_bytes(data)
     with refused(InputError, path, fact, hint="make it again"):
         store.read_json(path)
+
+
+def test_an_interrupt_waits_until_a_model_has_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, real = tmp_path / "model.onnx", store._write_record
+
+    def interrupted(path: Path, artifact: Artifact) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        real(path, artifact)
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(store, "_write_record", interrupted)
+    _interrupt.listen()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            store.produce(job(), to_file, out=out)
+    finally:
+        _interrupt.listen()  # forget it
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
+    made = store.read(out)
+    assert made is not None
+    assert made.history[-1].key == job().key

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import get_args
+from types import SimpleNamespace
+from typing import Self, get_args
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from deploykit.bundle import golden
 from deploykit.bundle.manifest import GoldenOutputs
-from deploykit.values import Array, Precision
+from deploykit.values import Array, Placement, Precision
 
 arrays = hnp.arrays(
     st.sampled_from([np.float32, np.int64, np.uint8, np.bool_, np.float16]),
@@ -84,3 +85,35 @@ def test_another_output_never_agrees():
 
 def test_every_precision_has_a_tolerance():
     assert set(golden.SHARES) == set(get_args(Precision))
+
+
+class _Ran:
+    """A session whose runtime computed in other precisions than the file's."""
+
+    def __init__(self, *precisions: str) -> None:
+        self.precisions = dict.fromkeys(precisions, 1)
+
+    def placement(self, feed: object) -> Placement:
+        return Placement(provider="CPU", precisions=self.precisions)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("file", "ran", "share"),
+    [
+        ("fp32", ("fp32",), 1e-4),
+        ("fp32", ("bf16", "fp32"), 3e-2),
+        ("int8", ("int8", "integer"), 1.5e-2),
+    ],
+)
+def test_the_tolerance_is_that_of_the_coarsest_precision_that_ran(
+    monkeypatch: pytest.MonkeyPatch, file: str, ran: tuple[str, ...], share: float
+) -> None:
+    monkeypatch.setattr(golden, "open_session", lambda *_: _Ran(*ran))
+    model = SimpleNamespace(precision=file)
+    feed = {"x": np.zeros((2, 1), np.float32)}
+    assert golden._share(model, "openvino", feed, 1) == share  # type: ignore[arg-type]

@@ -241,3 +241,32 @@ def test_the_calibration_cache_is_bound_to_model_and_data(
     cache.write_text(cache.read_text()[:1000])  # torn
     made("e.onnx", calibration.first(17), calibration_method="mse")
     assert len(runs) == 3
+
+
+def test_the_processor_that_will_serve_decides_the_bits_of_the_weights() -> None:
+    def bits(processor: str) -> int:
+        return QuantizeOptions(processor=processor).preset.weight_bits  # type: ignore[arg-type]
+
+    assert (bits("vnni"), bits("any")) == (8, 7)
+    assert bits("this") == preset("ort-cpu").weight_bits
+
+
+def test_what_is_judged_on_another_runtime_says_so(
+    teacher_onnx: Artifact, calibration: Dataset, tmp_path: Path
+) -> None:
+    options = QuantizeOptions(target="tensorrt", calibration_samples=16)
+    made = quantize(teacher_onnx, options, data=calibration, out=tmp_path / "m.onnx")
+    assert made.facts["search"]["runtime"] == "ort-cpu"
+    assert any("of ort-cpu, not of tensorrt" in warning for warning in made.facts["warnings"])
+
+
+def test_a_candidate_names_the_one_whose_time_it_has(
+    teacher_onnx: Artifact, calibration: Dataset, tmp_path: Path
+) -> None:
+    options = QuantizeOptions(scope="compute", calibration_samples=16)
+    made = quantize(teacher_onnx, options, data=calibration, out=tmp_path / "m.onnx")
+    candidates = made.facts["search"]["candidates"]
+    assert len(candidates) == 5
+    assert (
+        len({c["timed_as"] for c in candidates}) == len({c["time_ratio"] for c in candidates}) == 1
+    )
