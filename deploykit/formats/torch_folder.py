@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -176,15 +177,18 @@ def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
         import torch
         from safetensors import SafetensorError
         from safetensors.torch import load_file
-    safe = path.suffix == ".safetensors"
     try:
-        state = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.load guesses at a pickle that it then refuses
+            safe = path.suffix == ".safetensors"
+            state = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
     except SafetensorError as error:
         raise InputError(
             f"{path}: not a safetensors file: {error}", hint="save it again"
         ) from error
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        said = str(error).partition("WeightsUnpickler error: ")[2].strip() or str(error)
+        reason = (said.splitlines() or [type(error).__name__])[0].partition(". Please ")[0][:120]
         raise InputError(
             f"{path}: refused, it is no plain state dict ({reason})",
             hint="save model.state_dict() with safetensors.torch.save_file; pickles are never run",
