@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,12 +43,10 @@ def observe(
     """
     names = sorted(set(tensors))
     seen = {name: Histogram() for name in names}
-    batch = _fixed_batch(model)
-    session = _session(model, names)
     rectified = {node.output[0] for node in model.graph.node if node.op_type == "Relu"}
 
-    def count(outputs: list[Array]) -> None:
-        for name, values in zip(names, outputs, strict=True):
+    def count(outputs: Mapping[str, Array]) -> None:
+        for name, values in outputs.items():
             try:
                 seen[name].add(values, binned=binned, rectified=name in rectified)
             except ValueError as error:
@@ -57,13 +55,23 @@ def observe(
                     hint="check the preprocessing; the float model is broken on this data",
                 ) from error
 
-    done = 0
-    for feed, _ in data.batches(batch):
-        count(session.run(names, {n: padded(a, batch) for n, a in feed.items()}))
-        done += len(next(iter(feed.values())))
+    for outputs, done in runs(model, names, data):
+        count(outputs)
         if progress:
             progress(done, len(data))
     return seen
+
+
+def runs(
+    model: onnx.ModelProto, names: Sequence[str], data: Dataset
+) -> Iterator[tuple[Mapping[str, Array], int]]:
+    """The tensors for each sample (or fixed batch) in turn, and how many samples are done."""
+    batch, done = _fixed_batch(model), 0
+    session = _session(model, list(names))
+    for feed, _ in data.batches(batch):
+        outputs = session.run(list(names), {n: padded(a, batch) for n, a in feed.items()})
+        done += len(next(iter(feed.values())))
+        yield dict(zip(names, outputs, strict=True)), done
 
 
 class _Kept(Value):

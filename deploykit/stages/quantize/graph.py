@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -117,6 +117,29 @@ def channel_axis(node: onnx.NodeProto) -> int:
     return {"Conv": 0, "ConvTranspose": 1}.get(node.op_type, -1)
 
 
+def weighed(graph: Graph) -> list[onnx.NodeProto]:
+    """Compute nodes that multiply the channels of an activation by constant float32 weights."""
+    return [
+        node
+        for node in graph.nodes.values()
+        if node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm")
+        and node.input[0] in graph.floats
+        and (weights := graph.constant(node.input[1])) is not None
+        and (weights.ndim > 2 if node.op_type.startswith("Conv") else weights.ndim == 2)
+        and not any(a.name == "transA" and a.i for a in node.attribute)
+    ]
+
+
+def input_axis(node: onnx.NodeProto) -> int:
+    """The axis of a weighed activation that counts channels."""
+    return 1 if node.op_type.startswith("Conv") else -1
+
+
+def groups_of(node: onnx.NodeProto) -> int:
+    """Groups of a convolution; 1 for other nodes."""
+    return next((int(a.i) for a in node.attribute if a.name == "group"), 1)
+
+
 def multiply_accumulates(model: onnx.ModelProto, graph: Graph) -> dict[str, int]:
     """Multiply-accumulates of each compute node for one sample; 0 where shapes are not known."""
     sizes = {
@@ -144,3 +167,40 @@ def _count(node: onnx.NodeProto, sizes: dict[str, list[int]]) -> int:
         return int(np.prod(left) * np.prod(right[1:]))
     turned = any(a.name == "transA" and a.i for a in node.attribute)
     return int(np.prod(out) * left[0 if turned else -1])
+
+
+def with_constants(graph: Graph, values: Mapping[tuple[str, int], Array]) -> Graph:
+    """A copy of the graph in which (node, input) reads these values, each node its own."""
+    import onnx
+
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    taken = {*graph.constants, *graph.producers, *(value.name for value in model.graph.input)}
+    nodes = {node.name: node for node in model.graph.node}
+    for (name, index), value in values.items():
+        new = f"{name}_constant{index}"
+        while new in taken:
+            new += "_"
+        taken.add(new)
+        inputs = nodes[name].input
+        inputs.extend([""] * (index + 1 - len(inputs)))
+        inputs[index] = new
+        model.graph.initializer.append(onnx.numpy_helper.from_array(value.astype(np.float32), new))
+    drop_unused(model)
+    return Graph(model)
+
+
+def drop_unused(model: onnx.ModelProto) -> None:
+    """Remove the initializers and Constant nodes that nothing reads, in place."""
+    nodes = list(model.graph.node)
+    read = {name for node in nodes for name in node.input}
+    read |= {name for node in nodes for inner in subgraph_nodes(node) for name in inner.input}
+    read |= {value.name for value in model.graph.output}
+    for kept, items in (
+        ([t for t in model.graph.initializer if t.name in read], model.graph.initializer),
+        ([n for n in nodes if n.op_type != "Constant" or n.output[0] in read], model.graph.node),
+    ):
+        if len(kept) < len(items):
+            copies = [type(item).FromString(item.SerializeToString()) for item in kept]
+            del items[:]
+            items.extend(copies)

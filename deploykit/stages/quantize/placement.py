@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from deploykit.errors import UsageError, did_you_mean
-from deploykit.stages.quantize.graph import Graph, channel_axis
+from deploykit.stages.quantize.graph import Graph, channel_axis, groups_of
 from deploykit.stages.quantize.presets import COMPUTE, Preset
 
 if TYPE_CHECKING:
@@ -158,9 +158,8 @@ def _has_plain_bias(graph: Graph, node: onnx.NodeProto, made: Plan) -> bool:
 def _per_channel(graph: Graph, node: onnx.NodeProto) -> bool:
     """Whether the weights have an axis of output channels that each target takes a scale for."""
     dims = graph.constants[node.input[1]].dims
-    groups = next((a.i for a in node.attribute if a.name == "group"), 1)
     if node.op_type == "ConvTranspose":
-        return groups == 1
+        return groups_of(node) == 1
     return len(dims) == 2 or node.op_type == "Conv"
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from deploykit._lazy import needs
 from deploykit.formats import onnx_file
-from deploykit.stages.quantize.graph import name_nodes, subgraph_nodes
+from deploykit.stages.quantize.graph import drop_unused, name_nodes, subgraph_nodes
 
 if TYPE_CHECKING:
     import onnx
@@ -80,30 +80,15 @@ def _affine(model: onnx.ModelProto) -> int:
         node.input[1] = name
         changed += 1
     if changed:
-        _drop_unused(model)
+        drop_unused(model)
     return changed
-
-
-def _drop_unused(model: onnx.ModelProto) -> None:
-    """Remove the initializers and Constant nodes that nothing reads, in place."""
-    nodes = list(model.graph.node)
-    read = {name for node in nodes for name in node.input}
-    read |= {name for node in nodes for inner in subgraph_nodes(node) for name in inner.input}
-    read |= {value.name for value in model.graph.output}
-    for kept, items in (
-        ([t for t in model.graph.initializer if t.name in read], model.graph.initializer),
-        ([n for n in nodes if n.op_type != "Constant" or n.output[0] in read], model.graph.node),
-    ):
-        if len(kept) < len(items):
-            copies = [type(item).FromString(item.SerializeToString()) for item in kept]
-            del items[:]
-            items.extend(copies)
 
 
 def _folded(source: Path, target: Path) -> tuple[onnx.ModelProto, str]:
     """ONNX Runtime's own preparation; its symbolic shape inference fails on several real models."""
     import onnx
 
+    names = _names(onnx.load(source, load_external_data=False))
     with needs("onnxruntime"), _quiet():
         from onnxruntime.quantization.quant_utils import load_model_with_shape_infer
         from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -111,11 +96,34 @@ def _folded(source: Path, target: Path) -> tuple[onnx.ModelProto, str]:
         try:
             with _quiet():
                 quant_pre_process(source, target, skip_symbolic_shape=skip)
-                return load_model_with_shape_infer(target), f"folded, {way}"
+                model = load_model_with_shape_infer(target)
+            _rename(model, names)
+            return model, f"folded, {way}"
         except Exception:  # noqa: BLE001, S112 - it raises many kinds; the way taken is a fact
             continue
     model = onnx.shape_inference.infer_shapes(onnx.load(source))
     return model, "not folded: ONNX Runtime's pass fails on it"
+
+
+def _names(model: onnx.ModelProto) -> set[str]:
+    """Of the tensors of the main graph."""
+    made = {name for node in model.graph.node for name in node.output}
+    return made | {t.name for t in (*model.graph.initializer, *model.graph.input)}
+
+
+def _rename(model: onnx.ModelProto, known: set[str]) -> None:
+    """Give tensors that ONNX Runtime has added names that it will not choose again, in place.
+
+    When it loads a model it names what its fusions add without a look at what is there.
+    """
+    new = {name: f"{name}_folded" for name in _names(model) - known if name}
+    nodes = list(model.graph.node)
+    for node in [*nodes, *(inner for node in nodes for inner in subgraph_nodes(node))]:
+        for names in (node.input, node.output):
+            for index, name in enumerate(names):
+                names[index] = new.get(name, name)
+    for item in (*model.graph.initializer, *model.graph.value_info):
+        item.name = new.get(item.name, item.name)
 
 
 @contextmanager

@@ -23,9 +23,19 @@ SMALLEST_SHARE = 1e-6
 _TYPES = {"uint8": np.uint8, "int8": np.int8}
 
 
-def write(graph: Graph, made: Plan, grids: Mapping[str, Grid], preset: Preset) -> onnx.ModelProto:
-    """A copy of the model with the pairs of the plan; `grids` are those of `made.tensors`."""
-    writer = _Writer(graph, made, grids, preset)
+def write(
+    graph: Graph,
+    made: Plan,
+    grids: Mapping[str, Grid],
+    preset: Preset,
+    *,
+    integers: Mapping[str, Array] | None = None,
+) -> onnx.ModelProto:
+    """A copy of the model with the pairs of the plan; `grids` are those of `made.tensors`.
+
+    `integers` are weights in levels by node, where they are not to be rounded to nearest.
+    """
+    writer = _Writer(graph, made, grids, preset, integers)
     nodes = writer.nodes()
     model = _without_weights(graph.model)
     model.graph.node.extend([*writer.first, *nodes])
@@ -36,6 +46,36 @@ def write(graph: Graph, made: Plan, grids: Mapping[str, Grid], preset: Preset) -
     model.graph.initializer.extend(t for n, t in graph.constants.items() if n in used)
     model.graph.initializer.extend(writer.added.values())
     return model
+
+
+def scales(graph: Graph, made: Plan, grids: Mapping[str, Grid], preset: Preset) -> dict[str, Array]:
+    """The scale of each output channel of the constant weights, by compute node."""
+    writer = _Writer(graph, made, grids, preset)
+    return {
+        name: writer.weight_scale(name, index, list(graph.nodes[name].input))
+        for name, index in made.weights
+        if index == 1 and graph.nodes[name].op_type in COMPUTE
+    }
+
+
+def errors(
+    graph: Graph,
+    made: Plan,
+    scales: Mapping[str, Array],
+    integers: Mapping[str, Array],
+    preset: Preset,
+) -> dict[str, Array]:
+    """Quantized weights less the true ones, by compute node; see `scales` and `write`."""
+    found: dict[str, Array] = {}
+    for name, scale in scales.items():
+        values = graph.constant(graph.nodes[name].input[1])
+        assert values is not None  # noqa: S101 - `placement.unfit` has checked it
+        axis = made.weights[name, 1]
+        levels = integers.get(name)
+        if levels is None:
+            levels = integer_weights(values, scale, axis, preset.weight_levels)
+        found[name] = levels * _along(scale, axis, values.ndim) - values
+    return found
 
 
 def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -62,8 +102,16 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 class _Writer:
     """Nodes and constants of the quantized graph, in the making."""
 
-    def __init__(self, graph: Graph, made: Plan, grids: Mapping[str, Grid], preset: Preset) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        made: Plan,
+        grids: Mapping[str, Grid],
+        preset: Preset,
+        integers: Mapping[str, Array] | None = None,
+    ) -> None:
         self.graph, self.plan, self.grids, self.preset = graph, made, grids, preset
+        self.integers = integers or {}
         self.first: list[onnx.NodeProto] = []
         """Dequantized constants: they come before all nodes."""
         self.added: dict[str, onnx.TensorProto] = {}
@@ -146,7 +194,11 @@ class _Writer:
                 grid.zero_point,
             )
         scale = self.weight_scale(name, index, inputs)
-        integers = integer_weights(values, scale, axis, self.preset.weight_levels)
+        integers = self.integers.get(name) if index == 1 else None
+        if integers is None:
+            integers = integer_weights(values, scale, axis, self.preset.weight_levels)
+        else:
+            tensor = f"{name}_{tensor}"  # rounded for this node's data, not for all that share it
         return self._dequantized(tensor, integers.astype(np.int8), scale, 0, axis)
 
     def weight_scale(self, name: str, index: int, inputs: list[str]) -> Array:
@@ -229,8 +281,13 @@ def weight_scales(values: Array, axis: int | None, levels: Levels) -> Array:
 
 def integer_weights(values: Array, scale: Array, axis: int | None, levels: Levels) -> Array:
     """Weights in levels, rounded half to even."""
-    if axis is not None:
-        shape = [1] * values.ndim
-        shape[axis] = -1
-        scale = scale.reshape(shape)
+    scale = _along(scale, axis, values.ndim)
     return np.clip(np.rint(values / scale), levels.lowest, levels.highest)
+
+
+def _along(scale: Array, axis: int | None, dims: int) -> Array:
+    """The scale shaped to multiply weights."""
+    shape = [1] * dims
+    if axis is not None:
+        shape[axis] = -1
+    return scale.reshape(shape)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from deploykit import store
 from deploykit.dataset import Dataset
@@ -13,26 +16,40 @@ from deploykit.environment import versions
 from deploykit.errors import AnswerIsNo
 from deploykit.stages.quantize import guard, placement, qdq
 from deploykit.stages.quantize.account import account
+from deploykit.stages.quantize.bias import bias_corrected
 from deploykit.stages.quantize.calibration import Calibration, Progress, observe, remembered
+from deploykit.stages.quantize.channels import Channels, observe_channels
+from deploykit.stages.quantize.equalize import cross_layer, smooth
 from deploykit.stages.quantize.graph import Graph
 from deploykit.stages.quantize.levels import Grid
 from deploykit.stages.quantize.methods import EXACT, Method, calibrate
 from deploykit.stages.quantize.placement import Plan
 from deploykit.stages.quantize.prepare import prepare
 from deploykit.stages.quantize.presets import COMPUTE, Preset
-from deploykit.values import Artifact, Json
+from deploykit.stages.quantize.rounding import adaptive
+from deploykit.values import Array, Artifact, Json
+
+if TYPE_CHECKING:
+    import onnx
 
 HUGE = 1e4
 """A range beyond this leaves almost no levels for ordinary values."""
 
 
+Correction = Literal["cross_layer", "smooth", "bias", "rounding"]
+CORRECTIONS: tuple[Correction, ...] = ("cross_layer", "smooth", "bias", "rounding")
+"""In the order in which they are tried: the first two make other weights, which the others mend."""
+EQUALIZATIONS: tuple[Correction, ...] = ("cross_layer", "smooth")
+
+
 @dataclass(frozen=True)
 class Variant:
-    """What is quantized, and how ranges follow from values."""
+    """What is quantized, how ranges follow from values, and what makes up for the rounding."""
 
     nodes: tuple[str, ...]
     method: Method
     percentile: float = 99.99
+    corrections: tuple[Correction, ...] = ()
 
 
 @dataclass
@@ -42,9 +59,16 @@ class Workshop:
     source: Artifact
     graph: Graph
     preset: Preset
+    data: Dataset
+    look: Callable[[Graph], Calibration]
+    """Calibrate a graph of the same function."""
     seen: Calibration
     told: tuple[str, ...]
     """What was done to the graph."""
+    others: dict[Correction, Workshop | None] = field(default_factory=dict)
+    """The workshops of equalized graphs, once they were asked for; None: nothing to equalize."""
+    rounded: dict[str, tuple[Array, Array]] = field(default_factory=dict)
+    """Scale and adaptively rounded weights by node, as far as they were asked for."""
 
     @classmethod
     def open(  # noqa: PLR0913 - what is looked at, where, how, and who listens
@@ -64,26 +88,54 @@ class Workshop:
         model can be quantized.
         """
         model, told = prepare(source.path)
-        graph = Graph(model)
-        widest = placement.plan(graph, placement.chosen(graph, op_types), chosen)
-        if not widest.nodes:
-            raise nothing(account(graph, widest, {}))
-        tensors = widest.written | set(widest.read)
         binned = binned or cache is not None
+
+        def look(graph: Graph) -> Calibration:
+            widest = placement.plan(graph, placement.chosen(graph, op_types), chosen)
+            if not widest.nodes:
+                raise nothing(account(graph, widest, {}))
+            tensors = widest.written | set(widest.read)
+            return observe(graph.model, tensors, data, binned=binned, progress=progress)
+
+        graph = Graph(model)
         identity = {
             "model": source.sha256,
             "data": data.digest,
-            "tensors": sorted(tensors),
+            "op_types": sorted(op_types),
+            "preset": chosen.model_dump(mode="json"),
             "versions": versions(("onnx", "onnxruntime", "onnxruntime-gpu")),
             "code": store.code_digest(),
         }
-        seen = remembered(
-            cache,
-            identity,
-            lambda: observe(model, tensors, data, binned=binned, progress=progress),
-        )
+        seen = remembered(cache, identity, lambda: look(graph))
         guard.check_inputs(source.inputs, seen, data)
-        return cls(source, graph, chosen, seen, told)
+        return cls(source, graph, chosen, data, look, seen, told)
+
+    def corrected(self, variant: Variant) -> Workshop:
+        """The workshop of the graph that the variant's equalizations make."""
+        shop = self
+        for name in EQUALIZATIONS:
+            if name in variant.corrections:
+                shop = shop.equalized(name) or shop
+        return shop
+
+    def equalized(self, name: Correction) -> Workshop | None:
+        """This with another graph of the same function; None where there is nothing to equalize."""
+        if name not in self.others:
+            if name == "cross_layer":
+                graph = cross_layer(self.graph)
+            else:
+                graph = smooth(self.graph, self.channels)
+            self.others[name] = (
+                replace(self, graph=graph, seen=self.look(graph), others={}, rounded={})
+                if graph
+                else None
+            )
+        return self.others[name]
+
+    @cached_property
+    def channels(self) -> Mapping[str, Channels]:
+        """What the channels of activations are like."""
+        return observe_channels(self.graph, self.data)
 
     @cached_property
     def barred(self) -> frozenset[str]:
@@ -101,14 +153,38 @@ class Workshop:
         """
         import onnx
 
-        made = self.plan(variant.nodes)
-        if not any(bare or self.graph.nodes[n].op_type in COMPUTE for n in made.nodes):
-            raise nothing(account(self.graph, made, {}))
-        model = qdq.write(self.graph, made, self.grids(made, variant), self.preset)
+        shop = self.corrected(variant)
+        made = shop.plan(variant.nodes)
+        if not any(bare or shop.graph.nodes[n].op_type in COMPUTE for n in made.nodes):
+            raise nothing(account(shop.graph, made, {}))
+        model = shop.cut(made, variant)
         onnx.save(model, path)
         return self.source.model_copy(
             update={"path": path, "precision": "int8", "sha256": "", "history": ()}
         )
+
+    def cut(self, made: Plan, variant: Variant) -> onnx.ModelProto:
+        """The quantized model of a plan on this graph."""
+        grids, graph = self.grids(made, variant), self.graph
+        scales = qdq.scales(graph, made, grids, self.preset)
+        integers = self.rounding(scales) if "rounding" in variant.corrections else {}
+        if "bias" in variant.corrections:
+            errors = qdq.errors(graph, made, scales, integers, self.preset)
+            if better := bias_corrected(graph, errors, self.channels):
+                graph = better
+                made = placement.plan(graph, variant.nodes, self.preset, barred=self.barred)
+        return qdq.write(graph, made, grids, self.preset, integers=integers)
+
+    def rounding(self, scales: Mapping[str, Array]) -> dict[str, Array]:
+        """Adaptively rounded weights by node; those of equal scale are made once."""
+        missing = {
+            name: scale
+            for name, scale in scales.items()
+            if name not in self.rounded or not np.array_equal(self.rounded[name][0], scale)
+        }
+        made = adaptive(self.graph, missing, self.preset.weight_levels, self.data)
+        self.rounded |= {name: (missing[name], integers) for name, integers in made.items()}
+        return {name: self.rounded[name][1] for name in scales if name in self.rounded}
 
     def grids(self, made: Plan, variant: Variant) -> dict[str, Grid]:
         """The grid of each tensor of a plan."""
@@ -122,6 +198,11 @@ class Workshop:
 
     def facts(self, variant: Variant, why: dict[str, str]) -> Json:
         """What was quantized, what not and why, as far as it is not the graph's own affair."""
+        shop = self.corrected(variant)
+        return shop.own_facts(variant, why)
+
+    def own_facts(self, variant: Variant, why: dict[str, str]) -> Json:
+        """As `facts`, of a variant of this very graph."""
         made = self.plan(variant.nodes)
         unfit = {
             name: placement.unfit(self.graph, name, self.barred, self.preset)
@@ -133,6 +214,7 @@ class Workshop:
             **account(self.graph, made, why | {n: w for n, w in unfit.items() if w}),
             "preset": self.preset.model_dump(mode="json"),
             "calibration_method": variant.method,
+            "corrections": list(variant.corrections),
             "prepared": list(self.told),
             "huge_ranges": [name for name, value in largest.items() if value > HUGE],
             "ranges": {name: _bounds(grids[name]) for name in sorted(grids)},
