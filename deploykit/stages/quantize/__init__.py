@@ -75,8 +75,8 @@ class QuantizeOptions(Value):
 
     node_damage: bool = Field(
         default=False,
-        description="measure for the record what quantizing each node alone does to the outputs, what "
-        "leaving it in float gives, and its time in the runtime's own profile",
+        description="measure for the record what quantizing each node alone does to the outputs, "
+        "what leaving it in float gives, and its time in the runtime's own profile",
     )
     calibration_cache: str = Field(
         default="",

@@ -66,7 +66,7 @@ def _times(lab: Lab, artifact: Artifact) -> tuple[dict[str, float], float | None
     return {name: round(time, 1) for name, time in found.items()}, total
 
 
-def rows(lab: Lab, probed: Json) -> list[Json]:
+def rows(lab: Lab, found: Json) -> list[Json]:
     """What each node does when it alone is quantized, the worst first, and what was probed."""
     macs = multiply_accumulates(lab.shop.graph.model, lab.shop.graph)
     return [
@@ -77,7 +77,7 @@ def rows(lab: Lab, probed: Json) -> list[Json]:
             "cosine": round(row.cosine, 6),
             "multiply_accumulates": macs[row.node],
             **{
-                key: probed.get(key, {}).get(row.node)
+                key: found.get(key, {}).get(row.node)
                 for key in ("sqnr_db_if_float", "float_us", "int8_us")
             },
         }
@@ -85,21 +85,29 @@ def rows(lab: Lab, probed: Json) -> list[Json]:
     ]
 
 
+def probed(artifact: Artifact) -> Json:
+    """The facts of a quantized model in which `probe` has told what each node costs.
+
+    Raises InputError: there are none.
+    """
+    facts = artifact.facts
+    if not (facts.get("search") or {}).get("probe"):
+        raise InputError(
+            f"the record of {artifact.path} does not say what each node costs",
+            hint="quantize the float model with --node-damage, on 8 samples or more",
+        )
+    return facts
+
+
 def keep_float(facts: Json, patterns: Sequence[str]) -> Json:
-    """What a quantized model would gain with the matching nodes in float, from its record.
+    """What a `probed` model would gain with the matching nodes in float.
 
     Of one node that was measured. Several together were not, and their noises do not add up (a
     tensor stays rounded for its other readers): what the best of them gives alone is told.
 
-    Raises UsageError: the record has no damage, or a pattern matches no node in it.
+    Raises UsageError: a pattern matches no node that was probed.
     """
-    search = facts.get("search") or {}
-    probed, damage = search.get("probe"), search.get("damage")
-    if not probed or not damage:
-        raise UsageError(
-            "the record has no damage of each node",
-            hint="quantize it again with --node-damage, on 8 samples or more",
-        )
+    whole, damage = facts["search"]["probe"], facts["search"]["damage"]
     for pattern in patterns:
         if not any(fnmatchcase(row["node"], pattern) for row in damage):
             names = [row["node"] for row in damage]
@@ -114,13 +122,13 @@ def keep_float(facts: Json, patterns: Sequence[str]) -> Json:
         "patterns": list(patterns),
         "nodes": [row["node"] for row in back],
         "in_float_already": [row["node"] for row in named if row["node"] in left],
-        "sqnr_db": probed["sqnr_db"],
+        "sqnr_db": whole["sqnr_db"],
         "sqnr_db_if_float": max(measured, default=None),
         "measured": len(back) == 1 and bool(measured),
         "multiply_accumulates": sum(row["multiply_accumulates"] for row in back),
         "multiply_accumulates_quantized": facts["multiply_accumulates_quantized"],
         "extra_us": _extra(back),
-        "int8_us": probed["int8_us_in_all"],
+        "int8_us": whole["int8_us_in_all"],
     }
 
 
