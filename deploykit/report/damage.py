@@ -26,17 +26,11 @@ def table(damage: Sequence[Json], probe: Json) -> list[str]:
     """The worst nodes, one a line; no line for a model without the data."""
     if not damage:
         return []
-    about = (
-        "signal to noise of the outputs in dB with the node alone in INT8, their cosine, "
-        "and dB with all but the node in INT8"
-    )
-    if probe:
-        about += (
-            f" ({probe['sqnr_db']:.1f} with all); microseconds of the node in the runtime's "
-            "profile of the float and of the INT8 model, one thread"
-        )
+    whole = f" ({probe['sqnr_db']:.1f} with all)" if probe else ""
     return [
-        f"{about}; worst first:",
+        "what each node costs, worst first: signal to noise of the outputs in dB with it alone in",
+        f"INT8, their cosine, dB with all but it in INT8{whole},",
+        "its time in the runtime's profile of the float and of the INT8 model, one thread:",
         "   alone   cosine  without  float us  INT8 us",
         *(_line(row) for row in damage[:LISTED]),
     ]
@@ -91,10 +85,10 @@ def plot(facts: Json, title: str, out: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    search = facts["search"]
+    search, in_float = facts["search"], {node["node"] for node in facts["float_nodes"]}
     rows = list(reversed(search["damage"][:DRAWN]))  # the first is drawn lowest
     timed = any(row["float_us"] is not None or row["int8_us"] is not None for row in rows)
-    figure = Figure(figsize=(11.5 if timed else 8.5, 1.9 + 0.27 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(11.5 if timed else 8.5, 2.1 + 0.27 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(
         1, 1 + timed, sharey=True, squeeze=False, width_ratios=[3, 2][: 1 + timed]
@@ -102,12 +96,16 @@ def plot(facts: Json, title: str, out: Path) -> None:
     noise, *time = axes[0]
     noise.set_yticks(range(len(rows)), [_name(row) for row in rows], fontsize=8)
     noise.set_ylim(-0.6, len(rows) - 0.4)
-    _draw_noise(noise, rows, search["probe"]["sqnr_db"], {n["node"] for n in facts["float_nodes"]})
+    _draw_noise(noise, rows, search["probe"]["sqnr_db"], in_float)
     for place in time:
         _draw_time(place, rows)
-    left = len(search["damage"]) - len(rows)
-    more = f"\nthe {len(rows)} worst of {len(search['damage'])} nodes" if left else ""
-    figure.suptitle(f"{title}: what each quantized node costs, on {search['runtime']}{more}")
+    drawn, known = len(rows), len(search["damage"])
+    others = len(in_float - {row["node"] for row in search["damage"]})
+    told = [f"the {drawn} worst of {known} nodes"] if drawn < known else []
+    told += [f"{others} nodes in float are not drawn"] if others else []
+    figure.suptitle(
+        f"{title}: what each quantized node costs, on {search['runtime']}\n{'; '.join(told)}"
+    )
     with _files.staged(out) as temporary:
         figure.savefig(temporary, format=out.suffix[1:].lower(), dpi=130)
 
@@ -121,7 +119,7 @@ def _draw_noise(axes: Axes, rows: Sequence[Json], whole: float, in_float: Collec
         here = [n for n, row in enumerate(rows) if (row["node"] in in_float) == kept]
         if here:
             axes.barh(here, [rows[n]["sqnr_db"] for n in here], 0.62, color=color, label=label)
-    axes.axvline(whole, color="black", lw=1.2, label=f"all of them in INT8: {whole:.1f} dB")
+    axes.axvline(whole, color="black", lw=1.2, label=f"the INT8 model: {whole:.1f} dB")
     _dots(axes, rows, lambda row: row["sqnr_db_if_float"])
     axes.set_xlabel("signal to noise of the outputs, dB (less is worse)")
     _finish(axes)
