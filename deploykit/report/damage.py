@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".svg")
 LISTED, DRAWN = 8, 40
 """Nodes in the table and in the plot, the worst first."""
-LONGEST = 36
+LONGEST = 64
 """Letters of a node's name in the plot."""
 BLUE, GREY, ORANGE = "#2563c9", "#9a9a9a", "#d9730d"
 
@@ -88,13 +88,15 @@ def plot(facts: Json, title: str, out: Path) -> None:
     search, in_float = facts["search"], {node["node"] for node in facts["float_nodes"]}
     rows = list(reversed(search["damage"][:DRAWN]))  # the first is drawn lowest
     timed = any(row["float_us"] is not None or row["int8_us"] is not None for row in rows)
-    figure = Figure(figsize=(11.5 if timed else 8.5, 2.1 + 0.27 * len(rows)), layout="constrained")
+    names = [_name(row) for row in rows]
+    width = (9.5 if timed else 6.5) + 0.065 * max(map(len, names))
+    figure = Figure(figsize=(width, 2.1 + 0.27 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(
         1, 1 + timed, sharey=True, squeeze=False, width_ratios=[3, 2][: 1 + timed]
     )
     noise, *time = axes[0]
-    noise.set_yticks(range(len(rows)), [_name(row) for row in rows], fontsize=8)
+    noise.set_yticks(range(len(rows)), names, fontsize=8)
     noise.set_ylim(-0.6, len(rows) - 0.4)
     _draw_noise(noise, rows, search["probe"]["sqnr_db"], in_float)
     for place in time:
@@ -159,5 +161,6 @@ def _name(row: Json) -> str:
     """Operator and name; of a long one the two ends, where names differ."""
     name = str(row["node"])
     if len(name) > LONGEST:
-        name = f"{name[: LONGEST // 3]}...{name[-(LONGEST - LONGEST // 3 - 3) :]}"
+        half = LONGEST // 2
+        name = f"{name[: half - 3]}...{name[-half:]}"
     return f"{row['operator']}  {name}"

@@ -72,14 +72,14 @@ def test_where_no_time_is_known_none_is_drawn(tmp_path: Path) -> None:
 
 
 def test_a_png_is_one_and_long_names_keep_their_ends(tmp_path: Path) -> None:
-    name = "/encoder/layer.0/attention/self/query/MatMul/MatMulAddFusion"
+    name = "/text_model/encoder/layer.0/attention/self/query/MatMul/MatMulAddFusion"
     damage.plot(facts(row(0, node=name)), "q", tmp_path / "p.PNG")
     with Image.open(tmp_path / "p.PNG") as image:
         assert image.format == "PNG"
         assert min(image.size) > 200
     damage.plot(facts(row(0, node=name)), "q", tmp_path / "p.svg")
     told = words((tmp_path / "p.svg").read_text())
-    assert f"Conv  {name[:12]}...{name[-21:]}" in told
+    assert f"Conv  {name[:29]}...{name[-32:]}" in told
 
 
 @pytest.mark.parametrize("name", ["p.gif", "p", "p.png.txt"])
