@@ -6,7 +6,16 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
-from deploykit.values import Array, Artifact, Feed, Format, Placement, SessionOptions, TensorSpec
+from deploykit.values import (
+    Array,
+    Artifact,
+    Feed,
+    Format,
+    Kernel,
+    Placement,
+    SessionOptions,
+    TensorSpec,
+)
 
 
 class Session(Protocol):
@@ -28,6 +37,12 @@ class Session(Protocol):
 
     def placement(self, feed: Feed) -> Placement:
         """Say what really ran, from the runtime's own account of running this feed."""
+
+    def kernels(self, feed: Feed, runs: int) -> tuple[Kernel, ...]:
+        """How long each kernel takes, from the runtime's own profile of so many runs.
+
+        Profiling slows them a little. Nothing where the runtime keeps no profile.
+        """
 
     def __enter__(self) -> Self: ...
 

@@ -200,6 +200,17 @@ class Placement(Value):
     detail: Json = {}
 
 
+class Kernel(Value):
+    """One piece of work of a runtime, as its own profile tells it."""
+
+    names: tuple[str, ...]
+    """Nodes and tensors of the model that it is told under; a fused one has several."""
+    operator: str
+    """As the runtime calls it."""
+    microseconds: float
+    """Typical time of one run."""
+
+
 class SessionOptions(Value):
     """How a backend opens a model."""
 

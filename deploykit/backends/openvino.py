@@ -11,9 +11,11 @@ import numpy as np
 
 from deploykit._lazy import needs
 from deploykit.backends._common import check_feed, missing_library, refused
-from deploykit.values import Array, Artifact, Feed, Format, Placement, SessionOptions
+from deploykit.values import Array, Artifact, Feed, Format, Kernel, Placement, SessionOptions
 
 _TYPES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "int8"}
+_MADE_UP = ("/DequantizationMultiply", "/WithoutBiases")
+"""What OpenVINO puts behind the name of a node that it takes apart."""
 _NO_WORK = frozenset({"Parameter", "Input", "Result", "Output", "Constant", "Const"})
 
 
@@ -36,18 +38,9 @@ class OpenVinoSession:
     """A compiled model and one inference request."""
 
     def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
-        with needs("openvino"):
-            import openvino
         self.inputs, self.outputs = artifact.inputs, artifact.outputs
-        settings = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": options.threads,
-            "NUM_STREAMS": 1,
-        }
-        try:
-            self._compiled = openvino.Core().compile_model(str(artifact.path), "CPU", settings)
-        except Exception as error:  # the runtime's exceptions share no base
-            raise refused(artifact, "OpenVINO", error) from error
+        self._artifact, self._options = artifact, options
+        self._compiled = _compiled(artifact, options)
         self._request = self._compiled.create_infer_request()
 
     def run(self, feed: Feed) -> dict[str, Array]:
@@ -77,6 +70,23 @@ class OpenVinoSession:
                 counts[_TYPES.get(precision, "integer")] += 1
         return Placement(provider="CPU", precisions=dict(counts.most_common()))
 
+    def kernels(self, feed: Feed, runs: int) -> tuple[Kernel, ...]:
+        """Mean times, without the first run's; OpenVINO counts whole microseconds."""
+        compiled = _compiled(self._artifact, self._options, profile=True)
+        request = compiled.create_infer_request()
+        request.infer(dict(feed))
+        first = _told(compiled)
+        for _ in range(runs):
+            request.infer(dict(feed))
+        return tuple(
+            Kernel(
+                names=names,
+                operator=kind,
+                microseconds=max(0.0, (mean * (runs + 1) - first[names, kind]) / runs),
+            )
+            for (names, kind), mean in _told(compiled).items()
+        )
+
     def __enter__(self) -> Self:
         return self
 
@@ -87,6 +97,41 @@ class OpenVinoSession:
         traceback: TracebackType | None,
     ) -> None:
         del self._request, self._compiled
+
+
+def _compiled(artifact: Artifact, options: SessionOptions, *, profile: bool = False) -> Any:
+    with needs("openvino"):
+        import openvino
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": options.threads,
+        "NUM_STREAMS": 1,
+        "PERF_COUNT": profile,
+    }
+    try:
+        return openvino.Core().compile_model(str(artifact.path), "CPU", settings)
+    except Exception as error:  # the runtime's exceptions share no base
+        raise refused(artifact, "OpenVINO", error) from error
+
+
+def _told(compiled: Any) -> dict[tuple[tuple[str, ...], str], float]:
+    """Mean microseconds over all runs so far, by the nodes that a kernel came from and its kind."""
+    found: dict[tuple[tuple[str, ...], str], float] = {}
+    for node in compiled.get_runtime_model().get_ops():
+        info = node.get_rt_info()
+        kind, time = _text(info, "layerType"), _text(info, "execTimeMcs")
+        if kind in _NO_WORK or not time.isdigit():
+            continue
+        names = _text(info, "originalLayersNames") or node.get_friendly_name()
+        found[tuple(dict.fromkeys(map(_plain, names.split(",")))), kind] = float(time)
+    return found
+
+
+def _plain(name: str) -> str:
+    """The name without what OpenVINO put behind it."""
+    for end in _MADE_UP:
+        name = name.removesuffix(end)
+    return name
 
 
 def _text(info: Any, key: str) -> str:

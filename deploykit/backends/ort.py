@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,9 +17,11 @@ import numpy as np
 from deploykit._lazy import needs
 from deploykit.backends._common import check_feed, missing_library, refused
 from deploykit.errors import InputError
-from deploykit.values import Array, Artifact, Feed, Format, Placement, SessionOptions
+from deploykit.values import Array, Artifact, Feed, Format, Kernel, Placement, SessionOptions
 
 PROVIDER = "CPUExecutionProvider"
+_MADE_UP = re.compile(r"^fused |(_token_\d+|_nchwc)*_kernel_time$")
+"""What ONNX Runtime puts around the name of the node, or of the tensor, that a kernel is for."""
 _TYPES = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "int8", "uint8": "int8"}
 
 
@@ -64,19 +68,36 @@ class OrtSession:
 
     def placement(self, feed: Feed) -> Placement:
         """Run the feed once under ONNX Runtime's profiler and read its account."""
-        with tempfile.TemporaryDirectory() as folder:
-            session = _session(self._artifact, self._options, profile=Path(folder) / "profile")
-            session.run(self._names, dict(feed))
-            events = json.loads(Path(session.end_profiling()).read_text())
-        nodes = [
-            e["args"] for e in events if e.get("cat") == "Node" and "provider" in e.get("args", {})
-        ]
+        nodes = [event["args"] for event in self._profile(feed, 1)]
         providers = {str(args["provider"]) for args in nodes}
         return Placement(
             provider=", ".join(sorted(providers)) or PROVIDER,
             precisions=dict(Counter(_precision(args) for args in nodes).most_common()),
             detail={"operators": dict(Counter(args["op_name"] for args in nodes).most_common())},
         )
+
+    def kernels(self, feed: Feed, runs: int) -> tuple[Kernel, ...]:
+        """Median times; ONNX Runtime's profile counts whole microseconds."""
+        times: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for event in self._profile(feed, runs):
+            times[event["name"], event["args"]["op_name"]].append(event["dur"])
+        return tuple(
+            Kernel(
+                names=(_MADE_UP.sub("", name),),
+                operator=operator,
+                microseconds=median(each) * len(each) / runs,
+            )
+            for (name, operator), each in times.items()
+        )
+
+    def _profile(self, feed: Feed, runs: int) -> list[dict[str, Any]]:
+        """What ONNX Runtime's profiler tells of each kernel in each run."""
+        with tempfile.TemporaryDirectory() as folder:
+            session = _session(self._artifact, self._options, profile=Path(folder) / "profile")
+            for _ in range(runs):
+                session.run(self._names, dict(feed))
+            events = json.loads(Path(session.end_profiling()).read_text())
+        return [e for e in events if e.get("cat") == "Node" and "provider" in e.get("args", {})]
 
     def __enter__(self) -> Self:
         return self

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 from deploykit.backends._common import check_feed, missing_library
 from deploykit.formats import torch_folder
-from deploykit.values import Array, Artifact, Feed, Format, Placement, SessionOptions
+from deploykit.values import Array, Artifact, Feed, Format, Kernel, Placement, SessionOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,6 +72,11 @@ class PyTorchSession:
             if (p := list(m.parameters(recurse=False)))
         )
         return Placement(provider="CPU", precisions=dict(kinds))
+
+    def kernels(self, feed: Feed, runs: int) -> tuple[Kernel, ...]:
+        """None: modules do not say how long they take."""
+        del feed, runs
+        return ()
 
     def __enter__(self) -> Self:
         return self

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
-from pydantic import ValidationError
+from pydantic import AliasChoices, ValidationError
 from pydantic.fields import FieldInfo
 
 from deploykit.errors import UsageError
@@ -45,10 +45,18 @@ def fields(kind: type[Value], *, without: tuple[str, ...] = ()) -> Callable[[F],
                 flag = "--" + name.replace("_", "-")
                 if settings.pop("pair", False):
                     flag = f"{flag}/--no-{name.replace('_', '-')}"
-                command = click.option(flag, name, help=_help(field), **settings)(command)
+                names = [flag, *_other_names(name, field), name]
+                command = click.option(*names, help=_help(field), **settings)(command)
         return command
 
     return decorate
+
+
+def _other_names(name: str, field: FieldInfo) -> list[str]:
+    """Options that say the same: a field may have further names."""
+    alias = field.validation_alias
+    known = alias.choices if isinstance(alias, AliasChoices) else ()
+    return ["--" + str(other).replace("_", "-") for other in known if other != name]
 
 
 def make(kind: type[V], values: dict[str, Any]) -> V:

@@ -9,17 +9,17 @@ import click
 
 from deploykit import _files, backends
 from deploykit.bundle import Bundle, manifest
-from deploykit.cli import COMMANDS, _common
+from deploykit.cli import COMMANDS, _common, _options
 from deploykit.environment import read as read_environment
 from deploykit.environment import versions
+from deploykit.errors import UsageError
 from deploykit.formats import onnx_file
+from deploykit.report import damage
 from deploykit.report.summary import size
 from deploykit.stages import build
 from deploykit.stages.quantize import preset
+from deploykit.stages.quantize.gain import keep_float, probed
 from deploykit.values import Artifact, Json
-
-WORST = 8
-"""Nodes that `inspect` lists by the damage that they do."""
 
 
 @click.command("doctor", help=COMMANDS["doctor"][1])
@@ -62,18 +62,62 @@ def _conflict() -> str | None:
 
 @click.command("inspect", help=COMMANDS["inspect"][1])
 @click.argument("model")
+@click.option(
+    "--keep-float",
+    "patterns",
+    type=_options.Items(str),
+    multiple=True,
+    help="Patterns of node names: what the model gains with them in float.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    help="Draw what each quantized node costs: a .png or .svg.",
+)
 @_common.factory_options
+@_common.force_option
 @_common.json_option
-def inspect_command(model: str, *, as_json: bool, **given: Any) -> None:
+def inspect_command(
+    model: str,
+    *,
+    patterns: tuple[tuple[str, ...], ...],
+    plot: Path | None,
+    force: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
     """Say what a model is."""
+    asked = tuple(pattern for part in patterns for pattern in part)
     if (Path(model) / manifest.MANIFEST).is_file():
+        if asked or plot:
+            raise UsageError(
+                f"{model} is a bundle, --keep-float and --plot take a quantized model",
+                hint="give the model that was packed",
+            )
         bundle = manifest.read(Path(model))
         _common.show(bundle, _bundle_text(model, bundle), as_json=as_json)
         return
     artifact = _common.model(model, given)
     graph = _graph(artifact)
     document = {**artifact.model_dump(mode="json"), "graph": graph}
-    _common.show(document, _text(artifact, graph), as_json=as_json, schema="deploykit.artifact/1")
+    lines = [_text(artifact, graph)]
+    if asked:
+        document["keep_float"] = kept = _gains(artifact, asked)
+        lines += [f"  keep float {damage.gain(each)}" for each in kept]
+    if plot:
+        damage.check_suffix(plot)
+        _files.check_free(plot, force=force)
+        damage.plot(probed(artifact), artifact.path.name, plot)
+        document["plot"] = str(plot)
+        lines.append(f"  plot: {plot}")
+    _common.show(document, "\n".join(lines), as_json=as_json, schema="deploykit.artifact/1")
+
+
+def _gains(artifact: Artifact, patterns: tuple[str, ...]) -> list[Json]:
+    """What each pattern gives, and then all of them together."""
+    facts = probed(artifact)
+    together = [patterns] if len(patterns) > 1 else []
+    return [keep_float(facts, each) for each in [*((p,) for p in patterns), *together]]
 
 
 def _bundle_text(path: str, bundle: Bundle) -> str:
@@ -110,22 +154,12 @@ def _text(artifact: Artifact, graph: Json) -> str:
     for record in artifact.history:
         lines.append(f"  {record.stage} ({record.seconds:.1f} s)")
         lines += [f"    {name}: {_short(value)}" for name, value in record.facts.items()]
-        lines += _worst(record.facts.get("search", {}).get("damage", []))
+        found = record.facts.get("search", {})
+        told = damage.table(found.get("damage", []), found.get("probe") or {})
+        lines += [f"    {line}" for line in told]
     if not artifact.history:
         lines.append("  no record: not made by deploykit, or its record is gone")
     return "\n".join(lines)
-
-
-def _worst(damage: list[Json]) -> list[str]:
-    """The nodes whose quantization does most to the outputs."""
-    if not damage:
-        return []
-    rows = [
-        f"      {row['sqnr_db']:6.1f} dB alone, {row['sqnr_db_if_float']:6.1f} dB in all without: "
-        f"{row['operator']} {row['node']}"
-        for row in damage[:WORST]
-    ]
-    return ["    signal to noise of the outputs, worst nodes first (--nodes-to-exclude):", *rows]
 
 
 def _short(value: object) -> str:

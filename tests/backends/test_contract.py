@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -92,6 +93,27 @@ def test_says_what_ran(runtime: Backend, model: Artifact, feed: dict[str, np.nda
     assert sum(placement.precisions.values()) >= 10
     assert set(placement.precisions) <= {"fp32", "bf16", "int8", "integer", "none"}
     assert placement.precisions.get("int8", 0) == 0  # nothing here is quantized
+
+
+@each
+def test_says_how_long_each_kernel_takes(
+    runtime: Backend, model: Artifact, feed: dict[str, np.ndarray]
+) -> None:
+    with runtime.open(model, SessionOptions()) as session:
+        call = session.prepare(feed)
+        call()
+        kernels = session.kernels(feed, 10)
+        started = time.perf_counter()
+        for _ in range(10):
+            call()
+        run_us = (time.perf_counter() - started) * 1e5
+    if runtime.name == "pytorch":
+        assert kernels == ()
+        return
+    convolutions = [k for k in kernels if k.operator.startswith("Conv")]
+    assert len(convolutions) == 13
+    assert all(k.names and k.microseconds > 0 for k in convolutions)
+    assert 0.2 * run_us < sum(k.microseconds for k in kernels) < 5 * run_us  # a busy machine
 
 
 @each

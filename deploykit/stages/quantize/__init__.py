@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,14 +9,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from deploykit import store
 from deploykit.backends import backend
 from deploykit.dataset import Dataset
 from deploykit.environment import read as read_environment
 from deploykit.errors import InputError, UsageError, did_you_mean
-from deploykit.stages.quantize import guard, placement, sound
+from deploykit.stages.quantize import gain, guard, placement, sound
 from deploykit.stages.quantize.graph import Graph
 from deploykit.stages.quantize.lab import Lab, Point, Promise, Talk, pareto
 from deploykit.stages.quantize.methods import EXACT, METHODS, Method
@@ -58,8 +57,10 @@ class QuantizeOptions(Value):
     nodes_to_quantize: tuple[str, ...] = Field(
         default=(), description="patterns of node names to quantize; by default all in scope"
     )
-    nodes_to_exclude: tuple[str, ...] = Field(
-        default=(), description="patterns of node names to leave in float"
+    keep_float: tuple[str, ...] = Field(
+        default=(),
+        validation_alias=AliasChoices("keep_float", "nodes_to_exclude"),
+        description="patterns of node names to leave in float",
     )
     calibration_method: Method | Literal["auto"] = Field(
         default="auto",
@@ -74,7 +75,8 @@ class QuantizeOptions(Value):
 
     node_damage: bool = Field(
         default=False,
-        description="measure what quantizing each node alone does to the outputs, for the record",
+        description="measure for the record what quantizing each node alone does to the outputs, "
+        "what leaving it in float gives, and its time in the runtime's own profile",
     )
     calibration_cache: str = Field(
         default="",
@@ -216,7 +218,8 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
         name, variant = point.name, point.variant
         if options.node_damage and not lab.damages:
             damage(lab, variant)
-        found, known = {"search": _found(lab, point)}, lab.broken
+        probed = gain.probe(lab, point) if options.node_damage else {}
+        found, known = {"search": _found(lab, point, probed)}, lab.broken
     written, broken = sound.checked(shop, variant, order.data, out)
     return {
         **shop.facts(written, _why(shop.graph, options, candidates, written) | known | broken),
@@ -227,8 +230,9 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
     }
 
 
-def _found(lab: Lab, point: Point) -> Json:
+def _found(lab: Lab, point: Point, probed: Json) -> Json:
     """The account of a search."""
+    totals = {name: value for name, value in probed.items() if not isinstance(value, dict)}
     return {
         "runtime": lab.backend,
         "held_back_samples": len(lab.held),
@@ -236,28 +240,9 @@ def _found(lab: Lab, point: Point) -> Json:
         "pareto": [p.name for p in pareto(lab.points)],
         "float_score": lab.float_score and lab.float_score.score.value,
         "chosen": point.told,
-        "damage": _damage(lab, point),
+        "damage": gain.rows(lab, probed),
+        "probe": totals or None,
     }
-
-
-def _damage(lab: Lab, point: Point) -> list[Json]:
-    """What each node alone does, the worst first, and what leaving it in float would give.
-
-    The prediction takes the noises of the nodes for independent: the node's own is subtracted.
-    """
-    whole = 10 ** (-point.sqnr_db / 10)
-    return [
-        {
-            "node": row.node,
-            "operator": lab.shop.graph.nodes[row.node].op_type,
-            "sqnr_db": round(row.sqnr_db, 2),
-            "multiply_accumulates": row.work,
-            "sqnr_db_if_float": round(
-                -10 * math.log10(max(whole - 10 ** (-row.sqnr_db / 10), whole / 100)), 2
-            ),
-        }
-        for row in lab.damages
-    ]
 
 
 def _why(
@@ -265,8 +250,8 @@ def _why(
 ) -> dict[str, str]:
     """Why nodes of the operators that were tried are in float all the same."""
     tried = {name for variant in candidates.values() for name in variant.nodes}
-    named = placement.chosen(graph, SCOPES["all"]) if options.nodes_to_exclude else ()
-    left = {name for name in named if any(fnmatchcase(name, p) for p in options.nodes_to_exclude)}
+    named = placement.chosen(graph, SCOPES["all"]) if options.keep_float else ()
+    left = {name for name in named if any(fnmatchcase(name, p) for p in options.keep_float)}
     back = dict.fromkeys(tried - set(written.nodes), "in float by measurement")
     return back | dict.fromkeys(left, "left out by request")
 
@@ -290,7 +275,7 @@ def _candidates(graph: Graph, options: QuantizeOptions, *, chooses: bool) -> dic
     taken: set[tuple[str, ...]] = set()
     for name, op_types in scopes.items():
         nodes = placement.chosen(
-            graph, op_types, include=options.nodes_to_quantize, exclude=options.nodes_to_exclude
+            graph, op_types, include=options.nodes_to_quantize, exclude=options.keep_float
         )
         if nodes not in taken:
             taken.add(nodes)

@@ -15,12 +15,21 @@ from deploykit.dataset import Dataset, padded
 from deploykit.environment import read as read_environment
 from deploykit.errors import InputError, StageError
 from deploykit.evaluation import collect, evaluate, metric_identity
-from deploykit.metrics import drop
+from deploykit.metrics import cosine, drop
 from deploykit.session import Session
 from deploykit.stages.quantize import sound
 from deploykit.stages.quantize.workshop import Variant, Workshop
 from deploykit.store import digest_of
-from deploykit.values import Array, Artifact, Interval, Json, Score, SessionOptions
+from deploykit.values import (
+    Array,
+    Artifact,
+    Feed,
+    Interval,
+    Json,
+    Kernel,
+    Score,
+    SessionOptions,
+)
 
 ROUNDS, SECONDS = (21, 500), 1.0
 """Fewest and most interleaved timings of each candidate, and how long they may take together."""
@@ -81,13 +90,23 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Likeness:
+    """How near all outputs are to the float model's; each output counts alike."""
+
+    sqnr_db: float
+    """Signal to quantization noise: the noise is relative to the output's own power."""
+    cosine: float
+
+
+@dataclass(frozen=True)
 class Damage:
     """What quantizing one node alone does to the outputs."""
 
     node: str
     sqnr_db: float
     work: int
-    """Multiply-accumulates that integers save."""
+    """Multiply-accumulates that integers save, above 0."""
+    cosine: float
 
     @property
     def noise_per_work(self) -> float:
@@ -134,20 +153,32 @@ class Lab:
             batch_size=1,
         )
 
-    def follow(self, artifact: Artifact, samples: Dataset | None = None) -> float:
-        """Signal to quantization noise over all outputs in dB. Raises InputError: it does not run.
-
-        Each output counts alike: the noise is taken relative to the output's own power.
-        """
+    def follow(self, artifact: Artifact, samples: Dataset | None = None) -> Likeness:
+        """How the outputs follow the float model's. Raises InputError: it does not run."""
         with self._open(artifact) as session:
             have, _ = collect(session, samples or self.held, batch_size=1)
-        noise = [_noise(self.reference[name][: len(have[name])], have[name]) for name in have]
-        return -10 * math.log10(max(float(np.mean(noise)), 1e-12))
+        pairs = [(self.reference[name][: len(have[name])], have[name]) for name in have]
+        noise = float(np.mean([_noise(*pair) for pair in pairs]))
+        return Likeness(
+            sqnr_db=-10 * math.log10(max(noise, 1e-12)),
+            cosine=float(np.mean([cosine(*pair) for pair in pairs])),
+        )
+
+    def kernels(self, artifact: Artifact, runs: int) -> tuple[Kernel, ...]:
+        """The runtime's own profile of a model, one thread. Raises InputError: it does not run."""
+        with self._open(artifact, 1) as session:
+            return session.kernels(self._feed(), runs)
+
+    def _feed(self) -> Feed:
+        """What is timed: one sample, or as many as the model wants."""
+        size = _batch(self.shop.source)
+        feed, _ = next(self.held.batches(size))
+        return {name: padded(array, size) for name, array in feed.items()}
 
     def _follow_if_sound(self, artifact: Artifact) -> float:
-        """As `follow`, NaN for a model that the runtime does not take."""
+        """Signal to noise as in `follow`, NaN for a model that the runtime does not take."""
         try:
-            return self.follow(artifact)
+            return self.follow(artifact).sqnr_db
         except InputError:
             return math.nan
 
@@ -170,9 +201,7 @@ class Lab:
 
     def timed(self, points: Sequence[Point]) -> list[Point]:
         """The points with their times over the float model's, all interleaved, one thread."""
-        size = _batch(self.shop.source)
-        feed, _ = next(self.held.batches(size))
-        feed = {name: padded(array, size) for name, array in feed.items()}
+        feed = self._feed()
         artifacts = [self.shop.source, *(point.artifact for point in points)]
         sessions = [self._open(artifact, 1) for artifact in artifacts]
         calls = [session.prepare(feed) for session in sessions]

@@ -42,7 +42,7 @@ def search(lab: Lab, candidates: Mapping[str, Variant]) -> Point:
             points.append(point)
     if not points:
         raise AnswerIsNo(
-            "every quantized candidate gives NaN", hint="leave nodes out with --nodes-to-exclude"
+            "every quantized candidate gives NaN", hint="leave nodes in float with --keep-float"
         )
     groups = _by_speed(lab, points)
     if lab.promise is None:
@@ -155,7 +155,8 @@ def damage(lab: Lab, variant: Variant) -> list[Damage]:
             artifact = lab.shop.write(alone, lab.folder / "alone.onnx", bare=True)
         except AnswerIsNo:
             continue
-        found.append(Damage(node, lab.follow(artifact, few), macs[node] or least))
+        like = lab.follow(artifact, few)
+        found.append(Damage(node, like.sqnr_db, macs[node] or least, like.cosine))
     lab.damages = sorted(found, key=lambda row: row.sqnr_db)
     return found
 

@@ -35,7 +35,7 @@ def checked(
     if not guilty or not rest.nodes or _fault(shop.write(rest, out), feed):
         raise StageError(
             f"the quantized model is broken: {reason}",
-            hint="leave nodes out with --nodes-to-exclude, or try another --scope",
+            hint="leave nodes in float with --keep-float, or try another --scope",
         )
     return rest, guilty
 

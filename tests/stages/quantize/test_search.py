@@ -210,7 +210,7 @@ def test_no_more_nodes_than_needed_go_back_to_float(
 ) -> None:
     """The damage is known in part only: the bad nodes are the first by noise for work."""
     order = np.random.default_rng(count).permutation(12)
-    damages = [Damage(TWELVE[n], 10.0 + 2 * rank, 100) for rank, n in enumerate(order)]
+    damages = [Damage(TWELVE[n], 10.0 + 2 * rank, 100, 0.9) for rank, n in enumerate(order)]
     monkeypatch.setattr(search_module, "damage", lambda *_: sorted(damages, key=lambda d: d.node))
     bad = frozenset(TWELVE[n] for n in order[:count])
     fake = fake_mixed_lab({}, {}, promise=KEPT, bad=bad)
@@ -222,8 +222,8 @@ def test_no_more_nodes_than_needed_go_back_to_float(
 
 
 def test_damage_for_little_work_weighs_more() -> None:
-    assert Damage("a", 20, 100).noise_per_work == pytest.approx(1e-4)
-    assert Damage("a", 20, 10).noise_per_work > Damage("b", 15, 100).noise_per_work
+    assert Damage("a", 20, 100, 0.9).noise_per_work == pytest.approx(1e-4)
+    assert Damage("a", 20, 10, 0.9).noise_per_work > Damage("b", 15, 100, 0.9).noise_per_work
 
 
 @pytest.mark.parametrize(("mixed_wins", "share"), [(True, 0.5), (False, 0.89)])
@@ -233,7 +233,7 @@ def test_a_mixed_model_must_be_faster_than_the_slower_one_that_keeps_the_promise
     """`many` is fastest and fails; `few` keeps the promise in 0.8 of the float model's time."""
     few = TWELVE[:11]
     fake = fake_mixed_lab({}, {}, promise=KEPT, bad=frozenset(TWELVE[11:]))
-    damages = [Damage(n, 10.0 if n == "n11" else 40.0, 100) for n in TWELVE]
+    damages = [Damage(n, 10.0 if n == "n11" else 40.0, 100, 0.9) for n in TWELVE]
     monkeypatch.setattr(search_module, "damage", lambda *_: damages)
 
     def timed(points: Sequence[Point]) -> list[Point]:
@@ -488,7 +488,7 @@ def test_the_facts_count_multiply_accumulates_and_name_every_node(tmp_path: Path
         ("Elu", "not among the operators"),
     ]
     assert set(facts["ranges"]) == {"x", "r", "e"} | set(facts["ranges"]) & {"y"}
-    only = FIXED.model_copy(update={"nodes_to_exclude": ("gemm",)})
+    only = FIXED.model_copy(update={"keep_float": ("gemm",)})
     part = quantize(source, only, data=data, out=tmp_path / "part.onnx").facts
     assert part["multiply_accumulates_quantized"] == 6912
     assert float_names(part)["gemm"] == "left out by request"

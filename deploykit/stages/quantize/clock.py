@@ -1,0 +1,47 @@
+"""Which node of a graph a runtime's kernels are for, and so the time of each node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from deploykit.stages.quantize.graph import Graph
+from deploykit.stages.quantize.placement import FUSED
+from deploykit.stages.quantize.presets import COMPUTE
+from deploykit.values import Kernel
+
+
+def node_times(graph: Graph, kernels: Iterable[Kernel]) -> dict[str, float]:
+    """Microseconds of each node that a kernel is told under.
+
+    A node that was fused into another has no time of its own, and a kernel that is for no node, or
+    for several that compute, counts for none: no time is guessed.
+    """
+    found: dict[str, float] = {}
+    for kernel in kernels:
+        if name := _node(graph, kernel):
+            found[name] = found.get(name, 0.0) + kernel.microseconds
+    return found
+
+
+def _node(graph: Graph, kernel: Kernel) -> str | None:
+    """The one node that a kernel is for: of several, the one that computes."""
+    known = dict.fromkeys(n for name in kernel.names if (n := _named(graph, name)))
+    named = [_computing(graph, name) if kernel.operator in COMPUTE else name for name in known]
+    heavy = [name for name in named if graph.nodes[name].op_type in COMPUTE]
+    best = heavy or named
+    return best[0] if len(best) == 1 else None
+
+
+def _named(graph: Graph, name: str) -> str | None:
+    """The node of this name, or the one that makes the tensor of this name."""
+    if name in graph.nodes:
+        return name
+    producer = graph.producers.get(name)
+    return producer.name if producer else None
+
+
+def _computing(graph: Graph, name: str) -> str:
+    """The node before an activation function: ONNX Runtime names the two by what comes out."""
+    node = graph.nodes[name]
+    before = graph.producers.get(node.input[0]) if node.op_type in FUSED else None
+    return before.name if before and graph.only_consumer(node.input[0]) else name
