@@ -215,6 +215,9 @@ class SessionOptions(Value):
     """How a backend opens a model."""
 
     threads: Annotated[int, Field(ge=1)] = 1
+    simulate: bool = False
+    """Round at each Q/DQ pair and compute in float between them, as the file says: what integers
+    give on a machine that sums their products exactly. ONNX Runtime only."""
 
 
 class Measurement(Value):

@@ -45,6 +45,8 @@ def open_session(
             f"{name} does not run {artifact.format} models ({artifact.path})",
             hint=f"{name} takes {', '.join(sorted(chosen.formats))}",
         )
+    if options.simulate and not isinstance(chosen, OrtCpu):
+        raise UsageError(f"{name} cannot simulate integers", hint="ort-cpu can")
     if reason := chosen.unavailable():
         raise MissingError(f"{name} cannot run here: {reason}", hint="see `deploykit doctor`")
     return chosen.open(artifact, options)

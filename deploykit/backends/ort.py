@@ -36,7 +36,7 @@ class OrtCpu:
         return missing_library("onnxruntime")
 
     def open(self, artifact: Artifact, options: SessionOptions) -> OrtSession:
-        """Create an inference session with all graph optimizations."""
+        """Create an inference session, with all graph optimizations unless it is to simulate."""
         return OrtSession(artifact, options)
 
 
@@ -118,6 +118,8 @@ def _session(artifact: Artifact, options: SessionOptions, profile: Path | None =
     settings.intra_op_num_threads = options.threads
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
+    if options.simulate:
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if profile:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(profile)

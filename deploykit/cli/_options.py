@@ -89,14 +89,23 @@ def _settings(field: FieldInfo) -> dict[str, Any] | None:
     """How click takes a field; None for one that only a recipe can say."""
     kind = _without_none(field.annotation)
     origin, arguments = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return {"type": click.Choice([str(a) for a in arguments])}
+    if choices := _choices(kind):
+        return {"type": click.Choice(choices)}
     if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
         item = get_args(arguments[0])[0] if get_origin(arguments[0]) is Annotated else arguments[0]
+        item = str if _choices(item) else item  # the value itself tells what it takes
         return {"type": Items(item), "multiple": True} if item in (int, float, str) else None
     if kind is bool:
         return {"default": None, "pair": True}
     return {"type": kind} if kind in (int, float, str) else None
+
+
+def _choices(kind: Any) -> list[str]:
+    """What a Literal, or a union of such, can be."""
+    if get_origin(kind) in (Union, types.UnionType):
+        parts = [_choices(part) for part in get_args(kind)]
+        return [choice for part in parts for choice in part] if all(parts) else []
+    return [str(a) for a in get_args(kind)] if get_origin(kind) is Literal else []
 
 
 def _without_none(kind: Any) -> Any:

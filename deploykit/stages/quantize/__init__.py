@@ -14,6 +14,7 @@ from pydantic import AliasChoices, Field
 from deploykit import store
 from deploykit.backends import backend
 from deploykit.dataset import Dataset
+from deploykit.environment import has_int8_dot_product
 from deploykit.environment import read as read_environment
 from deploykit.errors import InputError, UsageError, did_you_mean
 from deploykit.stages.quantize import gain, guard, placement, sound
@@ -22,7 +23,7 @@ from deploykit.stages.quantize.lab import Lab, Point, Promise, Talk, pareto
 from deploykit.stages.quantize.methods import EXACT, METHODS, Method
 from deploykit.stages.quantize.presets import SCOPES, Preset, Scope, Target, preset
 from deploykit.stages.quantize.search import damage, search
-from deploykit.stages.quantize.workshop import Variant, Workshop
+from deploykit.stages.quantize.workshop import CORRECTIONS, Correction, Variant, Workshop
 from deploykit.store import Job, Made
 from deploykit.values import Artifact, Json, Value
 
@@ -73,6 +74,12 @@ class QuantizeOptions(Value):
         default=0, ge=0, description="use the first N samples of the calibration data; 0 for all"
     )
 
+    corrections: tuple[Correction | Literal["auto", "none"], ...] = Field(
+        default=("auto",),
+        description="what may make up for the rounding, each kept only where it helps on data held "
+        "back: cross_layer_equalization, smooth_quant, adaptive_rounding, bias_correction; auto: "
+        "all of them where something else is chosen by measurement too; or none",
+    )
     node_damage: bool = Field(
         default=False,
         description="measure for the record what quantizing each node alone does to the outputs, "
@@ -105,9 +112,15 @@ class QuantizeOptions(Value):
         return METHODS if self.calibration_method == "auto" else (self.calibration_method,)
 
     @property
+    def tried_corrections(self) -> tuple[Correction, ...]:
+        """The corrections to try, in their order."""
+        return tuple(c for c in CORRECTIONS if c in self.corrections or "auto" in self.corrections)
+
+    @property
     def chooses(self) -> bool:
         """Whether something is left to choose by measurement."""
-        return len(self.scopes) * len(self.methods) > 1
+        named = set(self.corrections) - {"auto", "none"}
+        return bool(named) or len(self.scopes) * len(self.methods) > 1
 
 
 def quantize(  # noqa: PLR0913 - what goes in, what comes out, how, and who listens
@@ -211,10 +224,11 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
     if held is None:
         ((name, variant),) = candidates.items()
     else:
-        runtime, elsewhere = _runtime(options.target)
+        runtime, simulated, elsewhere = _runtime(options)
         warnings += elsewhere
-        lab = Lab(shop, runtime, held, order.promise, folder, order.talk)
-        point = search(lab, candidates)
+        lab = Lab(shop, runtime, held, order.promise, folder, order.talk, simulated)
+        chosen = options.chooses or order.promise
+        point = search(lab, candidates, options.tried_corrections if chosen else ())
         name, variant = point.name, point.variant
         if options.node_damage and not lab.damages:
             damage(lab, variant)
@@ -235,6 +249,7 @@ def _found(lab: Lab, point: Point, probed: Json) -> Json:
     totals = {name: value for name, value in probed.items() if not isinstance(value, dict)}
     return {
         "runtime": lab.backend,
+        "simulated": lab.simulate,
         "held_back_samples": len(lab.held),
         "candidates": [p.told for p in lab.points],
         "pareto": [p.name for p in pareto(lab.points)],
@@ -292,12 +307,19 @@ def _check_op_types(asked: tuple[str, ...]) -> None:
             )
 
 
-def _runtime(target: Target) -> tuple[str, list[str]]:
-    """The backend on which candidates run, and a warning where it is not the target's own."""
+def _runtime(options: QuantizeOptions) -> tuple[str, bool, list[str]]:
+    """Where candidates run, whether it is simulated, and a warning where it is not the target."""
+    target = options.target
     if target == "tensorrt":
-        reason: str | None = "engines are built here, not run"
-    else:
-        reason = backend(target).unavailable()
-    if reason is None:
-        return target, []
-    return "ort-cpu", [f"scores and times are of ort-cpu, not of {target}: {reason}"]
+        why = "engines are built here, not run"
+        return (
+            "ort-cpu",
+            True,
+            [f"scores are simulated, times are of ort-cpu, not of {target}: {why}"],
+        )
+    if options.preset.weight_bits == 8 and not has_int8_dot_product():
+        why = "this CPU sums 8-bit products in 16 bits, which overflow"
+        return "ort-cpu", True, [f"{why}: scores are simulated, times are of this CPU"]
+    if reason := backend(target).unavailable():
+        return "ort-cpu", False, [f"scores and times are of ort-cpu, not of {target}: {reason}"]
+    return target, False, []

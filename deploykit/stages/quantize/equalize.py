@@ -174,8 +174,7 @@ def _by_input(node: onnx.NodeProto, weights: Array) -> Array:
         return inner
     first = node.op_type == "ConvTranspose" or channel_axis(node) % weights.ndim == 1
     outer: Array = weights if first else np.moveaxis(weights, 1, 0)
-    result: Array = outer[None]
-    return result
+    return outer.reshape(1, *outer.shape) if first else outer[np.newaxis, :]
 
 
 @dataclass
@@ -200,7 +199,8 @@ class _Edit:
         """The largest weight that reads each channel."""
         found = [_by_input(node, self.get((node.name, 1, 0))) for node in reading.nodes]
         flat = [np.abs(w.reshape(w.shape[0] * w.shape[1], -1)).max(axis=1) for w in found]
-        return np.max(np.stack(flat), axis=0)
+        largest: Array = np.max(np.stack(flat), axis=0)
+        return largest
 
     def move(self, reading: _Reading, scale: Array) -> None:
         """Divide the activation by the scale of each channel, multiply what reads it."""

@@ -124,6 +124,8 @@ class Lab:
     promise: Promise | None
     folder: Path
     talk: Talk
+    simulate: bool = False
+    """Judge by simulation: the integers of the target are not those of this machine."""
     points: list[Point] = field(default_factory=list)
     float_score: Score | None = None
     broken: dict[str, str] = field(default_factory=dict)
@@ -132,7 +134,7 @@ class Lab:
     """What each node alone does, once that was measured."""
 
     def __post_init__(self) -> None:
-        self.options = SessionOptions(threads=read_environment().cores)
+        self.options = SessionOptions(threads=read_environment().cores, simulate=self.simulate)
         with self._open(self.shop.source) as session:
             self.reference, _ = collect(session, self.held, batch_size=1)
             if self.promise:

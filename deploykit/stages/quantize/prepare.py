@@ -97,10 +97,10 @@ def _folded(source: Path, target: Path) -> tuple[onnx.ModelProto, str]:
             with _quiet():
                 quant_pre_process(source, target, skip_symbolic_shape=skip)
                 model = load_model_with_shape_infer(target)
-            _rename(model, names)
-            return model, f"folded, {way}"
         except Exception:  # noqa: BLE001, S112 - it raises many kinds; the way taken is a fact
             continue
+        _rename(model, names)
+        return model, f"folded, {way}"
     model = onnx.shape_inference.infer_shapes(onnx.load(source))
     return model, "not folded: ONNX Runtime's pass fails on it"
 
@@ -118,7 +118,8 @@ def _rename(model: onnx.ModelProto, known: set[str]) -> None:
     """
     new = {name: f"{name}_folded" for name in _names(model) - known if name}
     nodes = list(model.graph.node)
-    for node in [*nodes, *(inner for node in nodes for inner in subgraph_nodes(node))]:
+    inner = [one for node in nodes for one in subgraph_nodes(node)]
+    for node in [*nodes, *inner]:
         for names in (node.input, node.output):
             for index, name in enumerate(names):
                 names[index] = new.get(name, name)

@@ -7,6 +7,9 @@ Every candidate is a file that the target's runtime loads, runs and times. Two w
   float where that makes a faster one keep it (mixed precision).
 - Without: the fastest of the candidates whose outputs follow the float model's within NEAR_DB of
   the best, on samples held back from calibration.
+
+Corrections are tried on what would be taken, or on what fails to keep the promise; each stays only
+where it helps.
 """
 
 from __future__ import annotations
@@ -18,9 +21,9 @@ from dataclasses import replace
 from deploykit.errors import AnswerIsNo
 from deploykit.stages.quantize.graph import multiply_accumulates
 from deploykit.stages.quantize.lab import Damage, Lab, Point, pareto
-from deploykit.stages.quantize.workshop import Variant
+from deploykit.stages.quantize.workshop import Correction, Variant
 
-NEAR_DB = 1.0
+NEAR_DB, LEAST_DB = 1.0, 0.2
 SAME_TIME = 0.03
 """Times this near each other count as equal."""
 HOPELESS_DB = 10.0
@@ -29,8 +32,10 @@ PROBED = 8
 """Samples on which the damage of each node is measured."""
 
 
-def search(lab: Lab, candidates: Mapping[str, Variant]) -> Point:
-    """The best of the candidates, or one that has fewer nodes quantized.
+def search(
+    lab: Lab, candidates: Mapping[str, Variant], corrections: Sequence[Correction] = ()
+) -> Point:
+    """The best of the candidates, or one that is corrected or has fewer nodes quantized.
 
     Names are "operators-method"; candidates that quantize the same nodes take the same time.
     Raises AnswerIsNo: no candidate keeps the promise.
@@ -46,8 +51,8 @@ def search(lab: Lab, candidates: Mapping[str, Variant]) -> Point:
         )
     groups = _by_speed(lab, points)
     if lab.promise is None:
-        return _nearest(groups)
-    return _keeping(lab, groups)
+        return _mended(lab, _nearest(groups), corrections)
+    return _keeping(lab, groups, corrections)
 
 
 def _by_speed(lab: Lab, points: Sequence[Point]) -> list[list[Point]]:
@@ -76,8 +81,45 @@ def _nearest(groups: Sequence[Sequence[Point]]) -> Point:
     return max(same, key=lambda point: point.sqnr_db)
 
 
-def _keeping(lab: Lab, groups: Sequence[Sequence[Point]]) -> Point:
-    """The fastest point that keeps the promise, mixed ones among them."""
+def _mended(lab: Lab, point: Point, corrections: Sequence[Correction]) -> Point:
+    """The point with the corrections that help it, tried one upon the other.
+
+    One helps if less score is lost; without a promise, if the outputs follow the float model's
+    better by LEAST_DB. One that slows the model down has to give NEAR_DB.
+    """
+    best = point
+    for correction in corrections:
+        if lab.promise and lab.keeps(best):
+            break
+        lab.talk(f"try {correction}", 0, 1)
+        variant = replace(best.variant, corrections=(*best.variant.corrections, correction))
+        tried = lab.try_out(f"{best.name}+{correction}", variant)
+        if tried is None:
+            continue
+        tried = lab.know(replace(tried, time_ratio=best.time_ratio, timed_as=best.timed_as))
+        if lab.promise:
+            tried = lab.scored(tried)
+        if not _helps(tried, best, LEAST_DB):
+            continue
+        if correction == "smooth_quant":  # it may have put nodes of its own into the graph
+            before, tried = lab.timed([best, tried])
+            if _clearly_faster(before, tried) and not _helps(tried, before, NEAR_DB):
+                continue
+        best = tried
+    return best
+
+
+def _helps(one: Point, other: Point, least_db: float) -> bool:
+    """Whether a point loses less than the other."""
+    if one.drop and other.drop:
+        return one.drop.value < other.drop.value
+    return one.sqnr_db > other.sqnr_db + least_db
+
+
+def _keeping(
+    lab: Lab, groups: Sequence[Sequence[Point]], corrections: Sequence[Correction]
+) -> Point:
+    """The fastest point that keeps the promise, corrected and mixed ones among them."""
     failed: list[Point] = []
     kept: Point | None = None
     for group in groups:
@@ -91,7 +133,12 @@ def _keeping(lab: Lab, groups: Sequence[Sequence[Point]]) -> Point:
                 break
         if kept:
             break
-        failed.append(min(scored, key=lambda p: p.drop.value if p.drop else math.inf))
+        nearest = min(scored, key=lambda p: p.drop.value if p.drop else math.inf)
+        nearest = _mended(lab, nearest, corrections)
+        if lab.keeps(nearest):
+            kept = nearest
+            break
+        failed.append(nearest)
     if failed and (kept is None or _clearly_faster(failed[0], kept)):
         mixed = _mixed(lab, failed[0])
         if mixed and kept:

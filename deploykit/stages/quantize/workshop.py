@@ -36,10 +36,14 @@ HUGE = 1e4
 """A range beyond this leaves almost no levels for ordinary values."""
 
 
-Correction = Literal["cross_layer", "smooth", "bias", "rounding"]
-CORRECTIONS: tuple[Correction, ...] = ("cross_layer", "smooth", "bias", "rounding")
+Correction = Literal[
+    "cross_layer_equalization", "smooth_quant", "bias_correction", "adaptive_rounding"
+]
+CORRECTIONS: tuple[Correction, ...] = (
+    "cross_layer_equalization", "smooth_quant", "adaptive_rounding", "bias_correction",
+)  # fmt: skip
 """In the order in which they are tried: the first two make other weights, which the others mend."""
-EQUALIZATIONS: tuple[Correction, ...] = ("cross_layer", "smooth")
+EQUALIZATIONS: tuple[Correction, ...] = ("cross_layer_equalization", "smooth_quant")
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ class Workshop:
     def equalized(self, name: Correction) -> Workshop | None:
         """This with another graph of the same function; None where there is nothing to equalize."""
         if name not in self.others:
-            if name == "cross_layer":
+            if name == "cross_layer_equalization":
                 graph = cross_layer(self.graph)
             else:
                 graph = smooth(self.graph, self.channels)
@@ -167,8 +171,8 @@ class Workshop:
         """The quantized model of a plan on this graph."""
         grids, graph = self.grids(made, variant), self.graph
         scales = qdq.scales(graph, made, grids, self.preset)
-        integers = self.rounding(scales) if "rounding" in variant.corrections else {}
-        if "bias" in variant.corrections:
+        integers = self.rounding(scales) if "adaptive_rounding" in variant.corrections else {}
+        if "bias_correction" in variant.corrections:
             errors = qdq.errors(graph, made, scales, integers, self.preset)
             if better := bias_corrected(graph, errors, self.channels):
                 graph = better

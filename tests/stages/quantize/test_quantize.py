@@ -257,13 +257,14 @@ def test_what_is_judged_on_another_runtime_says_so(
     options = QuantizeOptions(target="tensorrt", calibration_samples=16)
     made = quantize(teacher_onnx, options, data=calibration, out=tmp_path / "m.onnx")
     assert made.facts["search"]["runtime"] == "ort-cpu"
+    assert made.facts["search"]["simulated"]
     assert any("of ort-cpu, not of tensorrt" in warning for warning in made.facts["warnings"])
 
 
 def test_a_candidate_names_the_one_whose_time_it_has(
     teacher_onnx: Artifact, calibration: Dataset, tmp_path: Path
 ) -> None:
-    options = QuantizeOptions(scope="compute", calibration_samples=16)
+    options = QuantizeOptions(scope="compute", calibration_samples=16, corrections=("none",))
     made = quantize(teacher_onnx, options, data=calibration, out=tmp_path / "m.onnx")
     candidates = made.facts["search"]["candidates"]
     assert len(candidates) == 5

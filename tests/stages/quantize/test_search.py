@@ -33,7 +33,9 @@ from tests.stages.quantize.test_graph import CONV, normal, parsed, stored
 from tests.stages.quantize.test_qdq import follow
 
 search_module = importlib.import_module("deploykit.stages.quantize.search")
-FIXED = QuantizeOptions(calibration_method="minmax", scope="compute", processor="vnni")
+FIXED = QuantizeOptions(
+    calibration_method="minmax", scope="compute", processor="vnni", corrections=("none",)
+)
 """Leaves no choice, so nothing is searched."""
 NOWHERE = Artifact(
     path=Path("q"), format="onnx", precision="int8", inputs=(), outputs=(), sha256=""
@@ -335,7 +337,7 @@ def test_of_equal_speed_the_most_faithful_method_is_taken(tmp_path: Path) -> Non
     x = np.random.default_rng(0).standard_t(3, (200, 64)).astype(np.float32)
     x[0, 0] = 300  # makes minmax coarse, on one calibration sample
     source, data = stored(model, tmp_path, x=x)
-    options = QuantizeOptions(scope="compute", processor="vnni")
+    options = QuantizeOptions(scope="compute", processor="vnni", corrections=("none",))
     made = quantize(source, options, data=data, out=tmp_path / "q.onnx")
     found = made.facts["search"]
     sqnr = {c["name"]: c["sqnr_db"] for c in found["candidates"]}
@@ -402,7 +404,8 @@ def test_nodes_that_break_the_model_stay_in_float_and_are_named(
 ) -> None:
     source, data = chain(tmp_path)
     fake_refusal(monkeypatch, lambda nodes: bool(nodes & guilty), sound)
-    made = quantize(source, FIXED, data=data, out=tmp_path / "q.onnx")
+    here = FIXED.model_copy(update={"processor": "this"})
+    made = quantize(source, here, data=data, out=tmp_path / "q.onnx")
     assert integer_nodes(made) == {"one", "two", "three"} - guilty
     told = float_names(made.facts)
     assert {n for n in told if "breaks" in told[n]} == guilty
