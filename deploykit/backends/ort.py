@@ -113,7 +113,12 @@ def _session(artifact: Artifact, options: SessionOptions, profile: Path | None =
 
 
 def _precision(args: dict[str, Any]) -> str:
-    """Precision of a node in the profile: the lowest among its tensors' types."""
+    """Precision of a node in the profile: the lowest among its tensors' types.
+
+    MatMulNBits is what becomes of int4 weights; the profile hides the types of packed weights.
+    """
+    if args["op_name"] == "MatMulNBits":
+        return "int4"
     tensors = [*args.get("input_type_shape", ()), *args.get("output_type_shape", ())]
     found = {_TYPES.get(name, "integer") for tensor in tensors for name in tensor}
     order = ("int8", "fp16", "bf16", "fp32", "integer")

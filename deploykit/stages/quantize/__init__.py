@@ -1,4 +1,4 @@
-"""Static INT8 quantization to explicit Q/DQ pairs, with real calibration data."""
+"""Static quantization to explicit Q/DQ pairs, with real calibration data."""
 
 from __future__ import annotations
 
@@ -20,8 +20,16 @@ from deploykit.errors import InputError, UsageError, did_you_mean
 from deploykit.stages.quantize import guard, placement, sound
 from deploykit.stages.quantize.graph import Graph
 from deploykit.stages.quantize.lab import Lab, Point, Promise, Talk, pareto
-from deploykit.stages.quantize.methods import EXACT, METHODS, Method
-from deploykit.stages.quantize.presets import SCOPES, Preset, Scope, Target, preset
+from deploykit.stages.quantize.methods import EXACT, Method
+from deploykit.stages.quantize.presets import (
+    OPSETS,
+    SCOPES,
+    Preset,
+    Quantized,
+    Scope,
+    Target,
+    preset,
+)
 from deploykit.stages.quantize.search import damage, search
 from deploykit.stages.quantize.workshop import Variant, Workshop
 from deploykit.store import Job, Made
@@ -41,7 +49,14 @@ COMMON: Method = "minmax"
 class QuantizeOptions(Value):
     """How to quantize."""
 
-    target: Target = Field(default="ort-cpu", description="the runtime that the INT8 file is for")
+    target: Target = Field(
+        default="ort-cpu", description="the runtime that the quantized file is for"
+    )
+    precision: Quantized = Field(
+        default="int8",
+        description="int8; fp8 (E4M3, tensorrt only); or int4, the large weights of MatMul and "
+        "Gemm alone. There is no 16-bit kind: no target computes with 16-bit integers",
+    )
     processor: Literal["this", "vnni", "any"] = Field(
         default="this",
         description="the CPU that will serve: like this one, one that sums 8-bit products in 32 "
@@ -86,7 +101,7 @@ class QuantizeOptions(Value):
     def preset(self) -> Preset:
         """Types and places of the pairs."""
         wide = {"this": None, "vnni": True, "any": False}[self.processor]
-        return preset(self.target, int8_dot_product=wide)
+        return preset(self.target, self.precision, int8_dot_product=wide)
 
     @property
     def scopes(self) -> dict[str, tuple[str, ...]]:
@@ -99,8 +114,16 @@ class QuantizeOptions(Value):
 
     @property
     def methods(self) -> tuple[Method, ...]:
-        """The calibration methods to try."""
-        return METHODS if self.calibration_method == "auto" else (self.calibration_method,)
+        """The calibration methods to try. Raises UsageError: one that does not fit."""
+        fitting = self.preset.methods
+        if self.calibration_method == "auto":
+            return fitting
+        if self.calibration_method not in fitting:
+            raise UsageError(
+                f"{self.calibration_method} is no calibration method for {self.precision}",
+                hint=f"take auto, or of {', '.join(fitting)}",
+            )
+        return (self.calibration_method,)
 
     @property
     def chooses(self) -> bool:
@@ -118,20 +141,22 @@ def quantize(  # noqa: PLR0913 - what goes in, what comes out, how, and who list
     force: bool = False,
     talk: Talk | None = None,
 ) -> Artifact:
-    """Calibrate on `data` and write an INT8 model with explicit Q/DQ pairs.
+    """Calibrate on `data` and write a quantized model with explicit Q/DQ pairs.
 
-    Activations are quantized per tensor, weights per channel, as the target's preset says. Where
-    the options leave a choice, or a promise must hold, it is made by measurement (`search`).
+    Activations are quantized per tensor, weights per channel, as the target's preset says; with
+    int4 weights alone, in blocks. Where the options leave a choice, or a promise must hold, it is
+    made by measurement (`search`).
 
-    Raises InputError: the data does not fit, or a tensor is NaN on it. StageError: no result loads.
-    AnswerIsNo: nothing that computes could be quantized, or no candidate keeps the promise.
+    Raises InputError: the data does not fit, or a tensor is NaN on it. UsageError: the target does
+    not take the precision. StageError: no result loads. AnswerIsNo: nothing that computes could be
+    quantized, or no candidate keeps the promise.
     """
     if source.format != "onnx":
         raise InputError(
             f"{source.path} is {source.format}, quantize takes an ONNX model",
             hint="export it first",
         )
-    if source.precision == "int8":
+    if source.precision in OPSETS:
         raise InputError(f"{source.path} is quantized already", hint="give the float model")
     bound = data.matching(source.inputs)
     if options.calibration_samples:
@@ -149,7 +174,7 @@ def quantize(  # noqa: PLR0913 - what goes in, what comes out, how, and who list
             facts = _made(order, Path(folder), path)
         return Made(
             format="onnx",
-            precision="int8",
+            precision=chosen.precision,
             inputs=source.inputs,
             outputs=source.outputs,
             facts={
@@ -191,7 +216,9 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
     _check_op_types(options.op_types_to_quantize)
     evaluated = order.promise.data.matching(order.source.inputs) if order.promise else None
     guard.check_samples(order.data, evaluated)
-    judged = options.chooses or options.node_damage or order.promise
+    judged = (
+        options.chooses or options.node_damage or order.promise or not options.preset.activation
+    )
     rest, held = _held_back(order.data) if judged else (order.data, None)
     shop = Workshop.open(
         order.source,
@@ -294,7 +321,12 @@ def _candidates(graph: Graph, options: QuantizeOptions, *, chooses: bool) -> dic
         )
         if nodes not in taken:
             taken.add(nodes)
-            found |= {f"{name}-{m}": Variant(nodes, m, options.percentile) for m in methods}
+            found |= {
+                f"{name}-{m if options.preset.activation else options.precision}": Variant(
+                    nodes, m, options.percentile
+                )
+                for m in methods
+            }
     return found
 
 

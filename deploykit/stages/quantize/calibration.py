@@ -42,6 +42,8 @@ def observe(
     Raises InputError: a tensor takes NaN on the data.
     """
     names = sorted(set(tensors))
+    if not names:
+        return {}
     seen = {name: Histogram() for name in names}
     batch = _fixed_batch(model)
     session = _session(model, names)

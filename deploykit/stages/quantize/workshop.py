@@ -19,7 +19,7 @@ from deploykit.stages.quantize.levels import Grid
 from deploykit.stages.quantize.methods import EXACT, Method, calibrate
 from deploykit.stages.quantize.placement import Plan
 from deploykit.stages.quantize.prepare import prepare
-from deploykit.stages.quantize.presets import COMPUTE, Preset
+from deploykit.stages.quantize.presets import COMPUTE, OPSETS, Preset
 from deploykit.values import Artifact, Json
 
 HUGE = 1e4
@@ -63,27 +63,28 @@ class Workshop:
         Raises InputError: an input never changes, or a tensor is NaN. AnswerIsNo: nothing in the
         model can be quantized.
         """
-        model, told = prepare(source.path)
+        model, told = prepare(source.path, opset=OPSETS[chosen.precision])
         graph = Graph(model)
         widest = placement.plan(graph, placement.chosen(graph, op_types), chosen)
         if not widest.nodes:
-            raise nothing(account(graph, widest, {}))
+            raise nothing(account(graph, widest, {}), chosen)
         tensors = widest.written | set(widest.read)
+        looked_at = tensors or graph.ends & graph.floats
         binned = binned or cache is not None
         identity = {
             "model": source.sha256,
             "data": data.digest,
-            "tensors": sorted(tensors),
+            "tensors": sorted(looked_at),
             "versions": versions(("onnx", "onnxruntime", "onnxruntime-gpu")),
             "code": store.code_digest(),
         }
         seen = remembered(
             cache,
             identity,
-            lambda: observe(model, tensors, data, binned=binned, progress=progress),
+            lambda: observe(model, looked_at, data, binned=binned, progress=progress),
         )
         guard.check_inputs(source.inputs, seen, data)
-        return cls(source, graph, chosen, seen, told)
+        return cls(source, graph, chosen, {name: seen[name] for name in tensors}, told)
 
     @cached_property
     def barred(self) -> frozenset[str]:
@@ -103,11 +104,11 @@ class Workshop:
 
         made = self.plan(variant.nodes)
         if not any(bare or self.graph.nodes[n].op_type in COMPUTE for n in made.nodes):
-            raise nothing(account(self.graph, made, {}))
+            raise nothing(account(self.graph, made, {}), self.preset)
         model = qdq.write(self.graph, made, self.grids(made, variant), self.preset)
         onnx.save(model, path)
         return self.source.model_copy(
-            update={"path": path, "precision": "int8", "sha256": "", "history": ()}
+            update={"path": path, "precision": self.preset.precision, "sha256": "", "history": ()}
         )
 
     def grids(self, made: Plan, variant: Variant) -> dict[str, Grid]:
@@ -132,7 +133,7 @@ class Workshop:
         return {
             **account(self.graph, made, why | {n: w for n, w in unfit.items() if w}),
             "preset": self.preset.model_dump(mode="json"),
-            "calibration_method": variant.method,
+            "calibration_method": variant.method if made.tensors else None,
             "prepared": list(self.told),
             "huge_ranges": [name for name, value in largest.items() if value > HUGE],
             "ranges": {name: _bounds(grids[name]) for name in sorted(grids)},
@@ -148,12 +149,14 @@ def _bounds(grid: Grid) -> list[float]:
     return [grid.scale * (level - grid.zero_point) for level in (lowest, highest)]
 
 
-def nothing(facts: Json) -> AnswerIsNo:
+def nothing(facts: Json, preset: Preset) -> AnswerIsNo:
     """The answer where nothing that computes can be quantized."""
     inside = facts["compute_nodes_in_subgraphs"]
     told = f", {inside} of them in branches or loops" if inside else ""
     return AnswerIsNo(
         f"0 of {facts['multiply_accumulates']:,} multiply-accumulates (0 of "
         f"{facts['compute_nodes']} compute nodes{told}) could be quantized",
-        hint="the work of this model lies in operators or subgraphs that stay in float",
+        hint="the work of this model lies in operators or subgraphs that stay in float"
+        if preset.activation
+        else f"weights are quantized to {preset.reason}",
     )
