@@ -97,6 +97,8 @@ def _session(artifact: Artifact, options: SessionOptions, profile: Path | None =
     settings.intra_op_num_threads = options.threads
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
+    if artifact.precision == "fp8":  # beyond this it drops every Relu before a QuantizeLinear
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     if profile:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(profile)
