@@ -182,7 +182,9 @@ def _set_capabilities(
     """Target compute capabilities, a matter of TensorRT-RTX only. Raises UsageError."""
     least = FP8_FROM if precision == "fp8" else PORTABLE_FROM
     if not gpus:
-        return [f"portable, sm{least} and newer"] if flavour == "tensorrt-rtx" else ["this machine's"]
+        return (
+            [f"portable, sm{least} and newer"] if flavour == "tensorrt-rtx" else ["this machine's"]
+        )
     if flavour != "tensorrt-rtx":
         raise UsageError(
             "tensorrt builds for the GPU of this machine only",

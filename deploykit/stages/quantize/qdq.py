@@ -68,6 +68,7 @@ class _Writer:
         """Dequantized constants: they come before all nodes."""
         self.added: dict[str, onnx.TensorProto] = {}
         self._tag = _free_tag(graph)
+        self._relus = blocks.relus(graph, made.nodes) if preset.activation is None else set()
 
     def grid(self, tensor: str) -> Grid:
         return self.grids[self.plan.root(tensor)]
@@ -119,8 +120,8 @@ class _Writer:
     def _rewire(self, node: onnx.NodeProto) -> None:
         """Let a node read dequantized activations, weights and bias."""
         original = list(node.input)
-        if self.preset.activation is None and node.name in self.plan.nodes:
-            node.input[1] = self._blocked(node)
+        if self.preset.activation is None:
+            self._rewire_blocks(node)
             return
         for index, name in enumerate(original):
             if node.name in self.plan.read.get(name, ()):
@@ -129,6 +130,16 @@ class _Writer:
                 node.input[index] = self._weights(node.name, index, original)
         if node.name in self.plan.biases and self.preset.quantize_bias:
             node.input[2] = self._bias(node.name, original)
+
+    def _rewire_blocks(self, node: onnx.NodeProto) -> None:
+        """Let a node read weights in blocks, and keep no Relu that would hinder it."""
+        if node.name in self.plan.nodes:
+            node.input[1] = self._blocked(node)
+        elif node.name in self._relus:
+            node.op_type = "Max"
+            node.input.append(
+                self._constant(f"{node.output[0]}{self._tag}_zero_point", np.zeros((), np.float32))
+            )
 
     def _blocked(self, node: onnx.NodeProto) -> str:
         """Weights in blocks, with the inputs first."""
