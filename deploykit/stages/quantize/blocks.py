@@ -21,6 +21,8 @@ LARGE = 1 << 16
 SHARES = np.linspace(1.0, 0.65, 8)
 """Shares of a block's largest weight that its highest level may stand for."""
 
+AS_MAX = "written as Max with zero: ONNX Runtime fuses no 4-bit weights with a Relu behind them"
+
 
 def unfit(graph: Graph, node: onnx.NodeProto) -> str | None:
     """Why a node cannot have 4-bit weights, or None."""

@@ -11,7 +11,7 @@ from deploykit import store
 from deploykit.dataset import Dataset
 from deploykit.environment import versions
 from deploykit.errors import AnswerIsNo
-from deploykit.stages.quantize import guard, placement, qdq
+from deploykit.stages.quantize import blocks, guard, placement, qdq
 from deploykit.stages.quantize.account import account
 from deploykit.stages.quantize.calibration import Calibration, Progress, observe, remembered
 from deploykit.stages.quantize.graph import Graph
@@ -128,6 +128,8 @@ class Workshop:
             name: placement.unfit(self.graph, name, self.barred, self.preset)
             for name in variant.nodes
         }
+        if self.preset.activation is None:
+            why = why | dict.fromkeys(blocks.relus(self.graph, made.nodes), blocks.AS_MAX)
         grids = self.grids(made, variant)
         largest = {n: max(-self.seen[n].low, self.seen[n].high) for n in made.tensors}
         return {
