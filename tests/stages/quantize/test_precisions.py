@@ -78,7 +78,7 @@ def test_an_fp8_file_has_fp8_pairs_and_a_float_bias(
     pairs = [n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
     points = {constants[node.input[2]].data_type for node in pairs}
     assert points == {onnx.TensorProto.FLOAT8E4M3FN}
-    assert teacher_fp8.precision == open_model(teacher_fp8.path).precision == "fp8"
+    assert teacher_fp8.precision == "fp8"
     weights = {t.name: values(onnx.load(teacher_onnx.path))[t.name] for t in _floats(teacher_onnx)}
     for node in compute(model):
         assert values(model)[node.input[2]].dtype == np.float32
@@ -138,6 +138,18 @@ def test_fp8_builds_for_gpus_that_have_it_only(teacher_fp8: Artifact, tmp_path: 
     assert anywhere.facts["compute_capabilities"] == ["portable, sm89 and newer"]
 
 
+@pytest.mark.parametrize("precision", ["fp8", "int4"])
+def test_a_file_without_its_record_is_known_for_what_it_is(
+    precision: str, teacher_fp8: Artifact, tmp_path: Path
+) -> None:
+    path = teacher_fp8.path
+    if precision == "int4":
+        text = "(float[N,256] x) => (float[N,256] y) { y = MatMul(x, w) }"
+        path = int4_of(text, tmp_path, w=normal(256, 256))[2].path
+    (tmp_path / "alone.onnx").write_bytes(path.read_bytes())
+    assert open_model(tmp_path / "alone.onnx").precision == precision
+
+
 # 4-bit weights
 
 KINDS = {
@@ -167,7 +179,7 @@ def test_runtimes_take_4_bit_weights_as_they_are(text: str, runtime: str, tmp_pa
     )
     model = onnx.load(made.path)
     onnx.checker.check_model(model, full_check=True)
-    assert opset(model) == 21
+    assert (opset(model), model.ir_version) == (21, 10)
     assert follow(source, made, data, runtime) > 15
     with open_session(made, runtime) as session:
         ran = session.placement({"x": normal(1, 256)}).precisions
@@ -293,7 +305,7 @@ def test_a_trained_model_keeps_its_score_in_a_fifth_of_its_size(
         promise=Promise(evaluation, "top1", 0.02),
     )
     facts = made.facts
-    assert made.precision == open_model(made.path).precision == "int4"
+    assert made.precision == "int4"
     assert perceptron.path.stat().st_size > 5 * made.path.stat().st_size
     assert (facts["candidate"], facts["calibration_method"]) == ("compute-int4", None)
     assert (facts["compute_nodes"], facts["compute_nodes_quantized"]) == (3, 2)
@@ -354,6 +366,28 @@ def test_bad_data_is_refused_though_no_range_comes_of_it(
     source, data = stored(parsed(text, w=normal(256, 256)), tmp_path, x=x)
     with pytest.raises(InputError, match=told):
         quantize(source, OPTIONS["int4"], data=data, out=tmp_path / "q.onnx")
+
+
+def test_a_constant_input_beside_another_is_refused(tmp_path: Path) -> None:
+    text = "(float[N,256] x, float[N,256] c) => (float[N,256] y) { a = Add(x, c) y = MatMul(a, w) }"
+    arrays = {"x": normal(12, 256), "c": np.ones((12, 256), np.float32)}
+    source, data = stored(parsed(text, w=normal(256, 256)), tmp_path, **arrays)
+    with pytest.raises(InputError, match="input 'c' is 1.0 in all"):
+        quantize(source, OPTIONS["int4"], data=data, out=tmp_path / "q.onnx")
+
+
+def test_a_model_that_gives_nan_is_refused(tmp_path: Path) -> None:
+    text = "(float[N,256] x) => (float[N,256] y) { h = MatMul(x, w) y = Log(h) }"
+    source, data = stored(parsed(text, w=normal(256, 256)), tmp_path, x=normal(12, 256))
+    with pytest.raises(InputError, match="tensor 'y': a value is NaN"):
+        quantize(source, OPTIONS["int4"], data=data, out=tmp_path / "q.onnx")
+
+
+def test_weights_of_equal_scales_that_two_nodes_read_turned_and_not(tmp_path: Path) -> None:
+    text = f"(float[N,256] x) => (float[N,256] y) {KINDS['shared']}"
+    signs = np.sign(normal(256, 256)) / np.float32(16)
+    source, data, made = int4_of(text, tmp_path, w=signs, b=normal(256))
+    assert follow(source, made, data, "ort-cpu") > 30
 
 
 # What is refused
