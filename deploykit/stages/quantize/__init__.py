@@ -321,12 +321,9 @@ def _candidates(graph: Graph, options: QuantizeOptions, *, chooses: bool) -> dic
         )
         if nodes not in taken:
             taken.add(nodes)
-            found |= {
-                f"{name}-{m if options.preset.activation else options.precision}": Variant(
-                    nodes, m, options.percentile
-                )
-                for m in methods
-            }
+            for method in methods:
+                label = method if options.preset.activation else options.precision
+                found[f"{name}-{label}"] = Variant(nodes, method, options.percentile)
     return found
 
 
