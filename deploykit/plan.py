@@ -149,4 +149,4 @@ def _quantize_step(recipe: Recipe, name: str) -> Step:
             talk=lambda text, done, total: progress(done, total, text),
         )
 
-    return Step(f"{name}.int8.onnx", "quantize", source, make)
+    return Step(f"{name}.{recipe.quantize.precision}.onnx", "quantize", source, make)

@@ -18,7 +18,7 @@ Feed = Mapping[str, Array]
 
 Json = dict[str, Any]
 Format = Literal["torch", "onnx", "engine"]
-Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
 
 BATCH = "batch"
 """The name of the dynamic dimension that counts samples."""

@@ -48,6 +48,8 @@ def test_an_onnx_model_is_the_baseline_as_it_is(teacher_onnx: Artifact, tmp_path
     assert ways(given) == [
         ("model.fp32.onnx", "take", None), ("model.int8.onnx", "quantize", "model.fp32.onnx"),
     ]  # fmt: skip
+    small = recipe({"path": str(teacher_onnx.path)}, quantize={"precision": "int4"})
+    assert ways(small)[1][0] == "model.int4.onnx"
     first = plan(given)[0].make({}, tmp_path / "out", progress)
     assert first == teacher_onnx
     assert not list(tmp_path.iterdir())

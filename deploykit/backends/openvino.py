@@ -13,7 +13,7 @@ from deploykit._lazy import needs
 from deploykit.backends._common import check_feed, missing_library, refused
 from deploykit.values import Array, Artifact, Feed, Format, Kernel, Placement, SessionOptions
 
-_TYPES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "int8"}
+_TYPES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "int8", "i4": "int4"}
 _MADE_UP = ("/DequantizationMultiply", "/WithoutBiases")
 """What OpenVINO puts behind the name of a node that it takes apart."""
 _NO_WORK = frozenset({"Parameter", "Input", "Result", "Output", "Constant", "Const"})

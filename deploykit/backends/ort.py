@@ -120,6 +120,8 @@ def _session(artifact: Artifact, options: SessionOptions, profile: Path | None =
     settings.log_severity_level = 3
     if options.simulate:
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    elif artifact.precision == "fp8":  # beyond this it drops every Relu before a QuantizeLinear
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     if profile:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(profile)
@@ -136,7 +138,12 @@ def _session(artifact: Artifact, options: SessionOptions, profile: Path | None =
 
 
 def _precision(args: dict[str, Any]) -> str:
-    """Precision of a node in the profile: the lowest among its tensors' types."""
+    """Precision of a node in the profile: the lowest among its tensors' types.
+
+    MatMulNBits is what becomes of int4 weights; the profile hides the types of packed weights.
+    """
+    if args["op_name"] == "MatMulNBits":
+        return "int4"
     tensors = [*args.get("input_type_shape", ()), *args.get("output_type_shape", ())]
     found = {_TYPES.get(name, "integer") for tensor in tensors for name in tensor}
     order = ("int8", "fp16", "bf16", "fp32", "integer")

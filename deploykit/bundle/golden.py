@@ -22,7 +22,7 @@ OUTPUTS = "golden_outputs"
 """Begin of the names of the files of outputs, one file an engine."""
 
 SHARES: dict[str, float] = {
-    "fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2, "int8": 1.5e-2, "fp8": 5e-2,
+    "fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2, "int8": 1.5e-2, "int4": 1.5e-2, "fp8": 5e-2,
 }  # fmt: skip
 """Tolerated share of a float and of the largest one; BUNDLE_FORMAT.md gives the reasons."""
 

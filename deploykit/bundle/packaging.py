@@ -137,6 +137,11 @@ def _check_format(artifact: Artifact) -> None:
             f"{artifact.path} is a torch artifact, which no server loads",
             hint="export it first: deploykit export",
         )
+    if artifact.format == "onnx" and artifact.precision == "fp8":
+        raise UsageError(
+            f"{artifact.path} is FP8 in ONNX, which ONNX Runtime answers wrongly and slowly",
+            hint="build an engine of it: deploykit build",
+        )
     if artifact.format == "engine" and not artifact.history:
         raise UsageError(
             f"{artifact.path} is native code without a history",

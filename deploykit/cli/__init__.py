@@ -14,7 +14,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prune": ("torch_stages", "Remove channels of a PyTorch model."),
     "distill": ("torch_stages", "Train a student to follow a teacher."),
     "export": ("torch_stages", "Export a PyTorch model to ONNX, proven against PyTorch."),
-    "quantize": ("onnx_stages", "Quantize an ONNX model to INT8 Q/DQ, on calibration data."),
+    "quantize": (
+        "onnx_stages",
+        "Quantize an ONNX model to INT8, FP8 or INT4 Q/DQ, on calibration data.",
+    ),
     "build": ("onnx_stages", "Build a TensorRT engine from an ONNX model."),
     "evaluate": ("measure", "Score a model on data."),
     "compare": ("measure", "Compare the outputs of two models on data."),

@@ -38,7 +38,7 @@ def quantize_command(  # noqa: PLR0913 - one parameter an option
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Quantize to INT8."""
+    """Quantize."""
     opened, options = _common.required_data(data), _options.make(QuantizeOptions, given)
     source = open_model(model)
     promise = _promise(max_drop, evaluation_data, metric)

@@ -92,6 +92,8 @@ def precision(model: onnx.ModelProto) -> Precision:
     if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
         fp8 = {onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E5M2}
         return "fp8" if fp8 & {t.data_type for t in model.graph.initializer} else "int8"
+    if types[onnx.TensorProto.INT4]:
+        return "int4"
     if types[onnx.TensorProto.FLOAT16] > types[onnx.TensorProto.FLOAT]:
         return "fp16"
     return "bf16" if types[onnx.TensorProto.BFLOAT16] > types[onnx.TensorProto.FLOAT] else "fp32"

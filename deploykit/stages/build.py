@@ -21,6 +21,8 @@ from deploykit.values import Artifact, Json, Precision, TensorSpec, Value
 Flavour = Literal["auto", "tensorrt", "tensorrt-rtx"]
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 LIBRARIES = ("tensorrt", "tensorrt-rtx-cu13", "onnx")
+PORTABLE_FROM, FP8_FROM = 80, 89
+"""Compute capabilities, times ten: what a portable engine is for, and what computes in FP8."""
 INSTALL = (
     "pip install 'deploykit[tensorrt-rtx]' (builds without a GPU), or 'deploykit[tensorrt]' "
     "with the vendor's package index on a GPU host"
@@ -149,7 +151,7 @@ def _build(
         raise _refused(parser, source)
     config = builder.create_builder_config()
     config.builder_optimization_level = options.optimization_level
-    capabilities = _set_capabilities(trt, flavour, config, options.gpu)
+    capabilities = _set_capabilities(trt, flavour, config, options.gpu, source.precision)
     if profile:
         shapes = builder.create_optimization_profile()
         for name, (low, best, high) in profile.items():
@@ -174,10 +176,15 @@ def _build(
     return bytes(plan), facts
 
 
-def _set_capabilities(trt: Any, flavour: str, config: Any, gpus: tuple[str, ...]) -> list[str]:
+def _set_capabilities(
+    trt: Any, flavour: str, config: Any, gpus: tuple[str, ...], precision: Precision
+) -> list[str]:
     """Target compute capabilities, a matter of TensorRT-RTX only. Raises UsageError."""
+    least = FP8_FROM if precision == "fp8" else PORTABLE_FROM
     if not gpus:
-        return ["portable, sm80 and newer"] if flavour == "tensorrt-rtx" else ["this machine's"]
+        return (
+            [f"portable, sm{least} and newer"] if flavour == "tensorrt-rtx" else ["this machine's"]
+        )
     if flavour != "tensorrt-rtx":
         raise UsageError(
             "tensorrt builds for the GPU of this machine only",
@@ -188,6 +195,11 @@ def _set_capabilities(trt: Any, flavour: str, config: Any, gpus: tuple[str, ...]
     for index, gpu in enumerate(gpus):
         if gpu not in known:
             raise UsageError(f"unknown compute capability {gpu!r}", hint=did_you_mean(gpu, known))
+        if precision == "fp8" and int(gpu[2:]) < FP8_FROM:
+            raise UsageError(
+                f"{gpu} has no FP8, GPUs have it from sm{FP8_FROM} on",
+                hint=f"leave {gpu} out, or quantize with --precision int8",
+            )
         if not config.set_compute_capability(known[gpu], index):
             raise UsageError(f"{flavour} does not build for {gpu}", hint="leave it out")
     return list(gpus)
@@ -197,7 +209,7 @@ def _refused(parser: Any, source: Artifact) -> StageError:
     error = parser.get_error(0) if parser.num_errors else None
     where = f" at node {error.node_name() or error.node()!r}" if error else ""
     text = str(error.desc()) if error else "no reason given"
-    quantized = source.precision == "int8"
+    quantized = source.precision in ("int8", "fp8", "int4")
     return StageError(
         f"TensorRT's parser refuses {source.path}{where}: {text.splitlines()[0]}",
         hint="quantize with --target tensorrt: it takes symmetric int8 and a float bias only"
@@ -207,9 +219,10 @@ def _refused(parser: Any, source: Artifact) -> StageError:
 
 
 def _check_precision(asked: Precision, layers: Mapping[str, int]) -> None:
-    if asked == "int8" and not layers.get("quantize"):
+    wanted = {"int8": "quantize", "fp8": "quantize", "int4": "dequantize"}.get(asked)
+    if wanted and not layers.get(wanted):
         raise StageError(
-            "the parsed network has no quantized layer although the file is INT8",
+            f"the parsed network has no quantized layer although the file is {asked.upper()}",
             hint="quantize with --target tensorrt",
         )
 

@@ -33,7 +33,8 @@ def test_numbers_are_those_of_the_code():
     shares = golden.SHARES
     assert f"| fp32 | {shares['fp32']:.0e}".replace("e-0", "e-") in TEXT
     assert "| int8 | 1.5e-2 |" in TEXT
-    assert shares["int8"] == 1.5e-2
+    assert "| int4 | 1.5e-2 |" in TEXT
+    assert shares["int8"] == shares["int4"] == 1.5e-2
     assert "| fp16, bf16, fp8 | 5e-3, 3e-2, 5e-2 |" in TEXT
     assert (shares["fp16"], shares["bf16"], shares["fp8"]) == (5e-3, 3e-2, 5e-2)
     assert f"above magnitude {NO_OVERFLOW}" in TEXT

@@ -157,6 +157,13 @@ def test_a_torch_artifact_is_refused(linear: Artifact, data: Dataset, tmp_path: 
     assert "export it first" in caught.value.hint
 
 
+def test_fp8_in_onnx_is_refused(linear: Artifact, data: Dataset, tmp_path: Path):
+    model = linear.model_copy(update={"precision": "fp8"})
+    with pytest.raises(UsageError, match="FP8 in ONNX") as caught:
+        package([(model, "ort-cpu")], PLAIN, out=tmp_path / "bundle", data=data)
+    assert "build an engine" in caught.value.hint
+
+
 def test_no_model_is_refused(data: Dataset, tmp_path: Path):
     with pytest.raises(UsageError, match="no model"):
         package([], PLAIN, out=tmp_path / "bundle", data=data)

@@ -35,6 +35,19 @@ def test_a_factory_file_that_is_not_there(deploykit: Command, out: Path) -> None
     assert not list(out.iterdir())
 
 
+def test_a_precision_that_the_target_does_not_have(
+    deploykit: Command, teacher_onnx: Artifact, out: Path
+) -> None:
+    given = ("--calibration-data", CALIBRATION, "--precision", "fp8", "-o", out / "m.onnx")
+    told = deploykit("quantize", teacher_onnx.path, *given)
+    assert told.code == 2
+    assert told.lines == [
+        "error: ort-cpu has no FP8 kernels: it would compute in float, with rounding in between",
+        "  fix: take --target tensorrt, or --precision int8",
+    ]
+    assert not list(out.iterdir())
+
+
 def test_a_factory_that_is_not_in_its_file(deploykit: Command, out: Path) -> None:
     told = deploykit("export", FACTORY.replace(":resnet", ":resnt"), *SHAPE, "-o", out / "m.onnx")
     assert told.code == 3

@@ -1,4 +1,4 @@
-"""Static INT8 quantization to explicit Q/DQ pairs, with real calibration data."""
+"""Static quantization to explicit Q/DQ pairs, with real calibration data."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
-
-from pydantic import AliasChoices, Field
 
 from deploykit import store
 from deploykit.backends import backend
@@ -20,12 +17,13 @@ from deploykit.errors import InputError, UsageError, did_you_mean
 from deploykit.stages.quantize import gain, guard, placement, sound
 from deploykit.stages.quantize.graph import Graph
 from deploykit.stages.quantize.lab import Lab, Point, Promise, Talk, pareto
-from deploykit.stages.quantize.methods import EXACT, METHODS, Method
-from deploykit.stages.quantize.presets import SCOPES, Preset, Scope, Target, preset
+from deploykit.stages.quantize.methods import EXACT, Method
+from deploykit.stages.quantize.options import QuantizeOptions
+from deploykit.stages.quantize.presets import OPSETS, SCOPES, Preset, preset
 from deploykit.stages.quantize.search import damage, search
-from deploykit.stages.quantize.workshop import CORRECTIONS, Correction, Variant, Workshop
+from deploykit.stages.quantize.workshop import Variant, Workshop
 from deploykit.store import Job, Made
-from deploykit.values import Artifact, Json, Value
+from deploykit.values import Artifact, Json
 
 __all__ = ["Preset", "Promise", "QuantizeOptions", "preset", "quantize"]
 
@@ -38,91 +36,6 @@ COMMON: Method = "minmax"
 """The method where there is too little data to choose one."""
 
 
-class QuantizeOptions(Value):
-    """How to quantize."""
-
-    target: Target = Field(default="ort-cpu", description="the runtime that the INT8 file is for")
-    processor: Literal["this", "vnni", "any"] = Field(
-        default="this",
-        description="the CPU that will serve: like this one, one that sums 8-bit products in 32 "
-        "bits (vnni), or any, at the price of 7-bit weights",
-    )
-    scope: Scope | Literal["auto"] = Field(
-        default="auto",
-        description="operators to quantize: compute (convolutions and matrix products), residual "
-        "(and what joins them), all (and element-wise functions), or auto: by measurement",
-    )
-    op_types_to_quantize: tuple[str, ...] = Field(
-        default=(), description="operator types to quantize, in place of a scope"
-    )
-    nodes_to_quantize: tuple[str, ...] = Field(
-        default=(), description="patterns of node names to quantize; by default all in scope"
-    )
-    keep_float: tuple[str, ...] = Field(
-        default=(),
-        validation_alias=AliasChoices("keep_float", "nodes_to_exclude"),
-        description="patterns of node names to leave in float",
-    )
-    calibration_method: Method | Literal["auto"] = Field(
-        default="auto",
-        description="how an activation's range follows from its values; auto: by measurement",
-    )
-    percentile: float = Field(
-        default=99.99, gt=50, le=100, description="percent of the values kept by percentile"
-    )
-    calibration_samples: int = Field(
-        default=0, ge=0, description="use the first N samples of the calibration data; 0 for all"
-    )
-
-    corrections: tuple[Correction | Literal["auto", "none"], ...] = Field(
-        default=("auto",),
-        description="what may make up for the rounding, each kept only where it helps on data held "
-        "back: cross_layer_equalization, smooth_quant, adaptive_rounding, bias_correction; auto: "
-        "all of them where something else is chosen by measurement too; or none",
-    )
-    node_damage: bool = Field(
-        default=False,
-        description="measure for the record what quantizing each node alone does to the outputs, "
-        "what leaving it in float gives, and its time in the runtime's own profile",
-    )
-    calibration_cache: str = Field(
-        default="",
-        description="file that keeps what was seen of the tensors, for the next time with the same "
-        "model, data and versions",
-    )
-
-    @property
-    def preset(self) -> Preset:
-        """Types and places of the pairs."""
-        wide = {"this": None, "vnni": True, "any": False}[self.processor]
-        return preset(self.target, int8_dot_product=wide)
-
-    @property
-    def scopes(self) -> dict[str, tuple[str, ...]]:
-        """The sets of operator types to try, by name."""
-        if self.op_types_to_quantize:
-            return {"chosen": self.op_types_to_quantize}
-        if self.scope != "auto":
-            return {self.scope: SCOPES[self.scope]}
-        return {name: SCOPES[name] for name in self.preset.scopes}
-
-    @property
-    def methods(self) -> tuple[Method, ...]:
-        """The calibration methods to try."""
-        return METHODS if self.calibration_method == "auto" else (self.calibration_method,)
-
-    @property
-    def tried_corrections(self) -> tuple[Correction, ...]:
-        """The corrections to try, in their order."""
-        return tuple(c for c in CORRECTIONS if c in self.corrections or "auto" in self.corrections)
-
-    @property
-    def chooses(self) -> bool:
-        """Whether something is left to choose by measurement."""
-        named = set(self.corrections) - {"auto", "none"}
-        return bool(named) or len(self.scopes) * len(self.methods) > 1
-
-
 def quantize(  # noqa: PLR0913 - what goes in, what comes out, how, and who listens
     source: Artifact,
     options: QuantizeOptions,
@@ -133,20 +46,22 @@ def quantize(  # noqa: PLR0913 - what goes in, what comes out, how, and who list
     force: bool = False,
     talk: Talk | None = None,
 ) -> Artifact:
-    """Calibrate on `data` and write an INT8 model with explicit Q/DQ pairs.
+    """Calibrate on `data` and write a quantized model with explicit Q/DQ pairs.
 
-    Activations are quantized per tensor, weights per channel, as the target's preset says. Where
-    the options leave a choice, or a promise must hold, it is made by measurement (`search`).
+    Activations are quantized per tensor, weights per channel, as the target's preset says; with
+    int4 weights alone, in blocks. Where the options leave a choice, or a promise must hold, it is
+    made by measurement (`search`).
 
-    Raises InputError: the data does not fit, or a tensor is NaN on it. StageError: no result loads.
-    AnswerIsNo: nothing that computes could be quantized, or no candidate keeps the promise.
+    Raises InputError: the data does not fit, or a tensor is NaN on it. UsageError: the target does
+    not take the precision. StageError: no result loads. AnswerIsNo: nothing that computes could be
+    quantized, or no candidate keeps the promise.
     """
     if source.format != "onnx":
         raise InputError(
             f"{source.path} is {source.format}, quantize takes an ONNX model",
             hint="export it first",
         )
-    if source.precision == "int8":
+    if source.precision in OPSETS:
         raise InputError(f"{source.path} is quantized already", hint="give the float model")
     bound = data.matching(source.inputs)
     if options.calibration_samples:
@@ -164,7 +79,7 @@ def quantize(  # noqa: PLR0913 - what goes in, what comes out, how, and who list
             facts = _made(order, Path(folder), path)
         return Made(
             format="onnx",
-            precision="int8",
+            precision=chosen.precision,
             inputs=source.inputs,
             outputs=source.outputs,
             facts={
@@ -206,7 +121,9 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
     _check_op_types(options.op_types_to_quantize)
     evaluated = order.promise.data.matching(order.source.inputs) if order.promise else None
     guard.check_samples(order.data, evaluated)
-    judged = options.chooses or options.node_damage or order.promise
+    judged = (
+        options.chooses or options.node_damage or order.promise or not options.preset.activation
+    )
     rest, held = _held_back(order.data) if judged else (order.data, None)
     shop = Workshop.open(
         order.source,
@@ -294,7 +211,9 @@ def _candidates(graph: Graph, options: QuantizeOptions, *, chooses: bool) -> dic
         )
         if nodes not in taken:
             taken.add(nodes)
-            found |= {f"{name}-{m}": Variant(nodes, m, options.percentile) for m in methods}
+            for method in methods:
+                label = method if options.preset.activation else options.precision
+                found[f"{name}-{label}"] = Variant(nodes, method, options.percentile)
     return found
 
 

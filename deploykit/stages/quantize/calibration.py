@@ -42,6 +42,8 @@ def observe(
     Raises InputError: a tensor takes NaN on the data.
     """
     names = sorted(set(tensors))
+    if not names:
+        return {}
     seen = {name: Histogram() for name in names}
     rectified = {node.output[0] for node in model.graph.node if node.op_type == "Relu"}
 

@@ -61,6 +61,11 @@ class Graph:
         return {value.name for value in self.model.graph.output}
 
     @cached_property
+    def ends(self) -> set[str]:
+        """Names of the graph's inputs and outputs."""
+        return self.outputs | {value.name for value in self.model.graph.input}
+
+    @cached_property
     def floats(self) -> set[str]:
         """Float32 activations: inputs, outputs and what lies between, as far as types are known."""
         import onnx

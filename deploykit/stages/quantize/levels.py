@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,11 +12,29 @@ from deploykit.values import Array
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """Integer levels and whether zero lies in their middle."""
+    """The numbers of a type that values become, and whether zero lies in their middle."""
 
     lowest: int
     highest: int
     symmetric: bool
+    type: str = "INT8"
+    """As ONNX calls it."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of arrays that hold levels."""
+        import onnx
+
+        number = onnx.TensorProto.DataType.Value(self.type)
+        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(number))
+
+    def nearest(self, values: Array, zero_point: int = 0) -> Array:
+        """Round to the nearest level, half to even, and saturate; values are in steps from zero."""
+        if self.type.startswith("FLOAT"):
+            inside = np.clip(values, self.lowest, self.highest)
+            return inside.astype(self.dtype).astype(inside.dtype)
+        result: Array = np.clip(np.rint(values) + zero_point, self.lowest, self.highest)
+        return result
 
     @property
     def steps(self) -> int:
@@ -45,9 +64,8 @@ class Grid:
 
     def rounded(self, values: Array) -> Array:
         """Quantize and dequantize: round half to even, saturate."""
-        level = np.rint(values / self.scale) + self.zero_point
-        inside = np.clip(level, self.levels.lowest, self.levels.highest)
-        result: Array = self.scale * (inside - self.zero_point)
+        level = self.levels.nearest(values / self.scale, self.zero_point)
+        result: Array = self.scale * (level - self.zero_point)
         return result
 
 
@@ -56,6 +74,9 @@ def _positive(scale: float) -> float:
     return float(np.float32(scale if scale > np.finfo(np.float32).tiny else 1.0))
 
 
-UINT8 = Levels(0, 255, symmetric=False)
+UINT8 = Levels(0, 255, symmetric=False, type="UINT8")
 INT8 = Levels(-128, 127, symmetric=True)
 INT7 = Levels(-64, 63, symmetric=True)
+INT4 = Levels(-8, 7, symmetric=True, type="INT4")
+FP8 = Levels(-448, 448, symmetric=True, type="FLOAT8E4M3FN")
+"""E4M3: 3 bits of mantissa, so levels lie denser near zero; no infinity."""

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from deploykit.errors import UsageError, did_you_mean
+from deploykit.stages.quantize import blocks
 from deploykit.stages.quantize.graph import Graph, channel_axis, groups_of
 from deploykit.stages.quantize.presets import COMPUTE, Preset
 
@@ -89,7 +90,11 @@ def plan(
     """
     made = Plan()
     for name in names:
-        if unfit(graph, name, barred, preset) is None:
+        if unfit(graph, name, barred, preset) is not None:
+            continue
+        if preset.activation is None:
+            made.nodes[name] = "integer"
+        else:
             _take(graph, graph.nodes[name], preset, made)
     if preset.outputs:
         _pass_on(graph, made, barred)
@@ -97,8 +102,17 @@ def plan(
 
 
 def unfit(graph: Graph, name: str, barred: Collection[str], preset: Preset) -> str | None:
-    """Why a node cannot compute on integers, or None."""
+    """Why a node cannot be quantized, or None."""
     node = graph.nodes[name]
+    if preset.activation is None:
+        return blocks.unfit(graph, node)
+    return _no_integers(graph, node, barred, preset)
+
+
+def _no_integers(
+    graph: Graph, node: onnx.NodeProto, barred: Collection[str], preset: Preset
+) -> str | None:
+    """Why a node cannot read pairs, or None."""
     if preset.outputs and node.op_type not in COMPUTE and _result(graph, node) in graph.outputs:
         return "an output of the model is not worth rounding"
     activations = [n for n in _operands(node) if n not in graph.constants]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploykit._lazy import needs
+from deploykit.errors import InputError
 from deploykit.formats import onnx_file
 from deploykit.stages.quantize.graph import drop_unused, name_nodes, subgraph_nodes
 
@@ -18,16 +19,16 @@ if TYPE_CHECKING:
     import onnx
 
 OPSET = 17
-"""Models below opset 13 are lifted to this: DequantizeLinear has an axis from 13 on."""
+"""Models of too low an opset are lifted to this at least."""
 
 
-def prepare(path: Path) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+def prepare(path: Path, *, opset: int = 13) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     """The float graph with names on all nodes, and what was done to it, one sentence each.
 
-    Raises InputError: not a sound ONNX file.
+    `opset` is the lowest that will do. Raises InputError: not a sound ONNX file, or one that cannot
+    be lifted.
     """
     import onnx
-    import onnx.version_converter
 
     model = onnx_file.read(path)
     told: list[str] = []
@@ -37,9 +38,9 @@ def prepare(path: Path) -> tuple[onnx.ModelProto, tuple[str, ...]]:
             model.graph.input.remove(value)
         model.ir_version = max(model.ir_version, 4)
         told.append(f"{len(inputs)} weights are no inputs any more")
-    if (before := onnx_file.opset(model)) < 13:
-        model = onnx.version_converter.convert_version(model, OPSET)
-        told.append(f"opset lifted from {before} to {OPSET}")
+    if (before := onnx_file.opset(model)) < opset:
+        model = _lifted(model, max(opset, OPSET), path)
+        told.append(f"opset lifted from {before} to {onnx_file.opset(model)}")
     if count := _affine(model):
         told.append(f"{count} Sub and Div by a constant written as Add and Mul")
     with tempfile.TemporaryDirectory() as folder:
@@ -51,6 +52,24 @@ def prepare(path: Path) -> tuple[onnx.ModelProto, tuple[str, ...]]:
         prepared, way = _folded(source, Path(folder) / "prepared.onnx")
     name_nodes(prepared)
     return prepared, (*told, way)
+
+
+def _lifted(model: onnx.ModelProto, opset: int, path: Path) -> onnx.ModelProto:
+    import onnx
+    import onnx.version_converter
+
+    try:
+        lifted = onnx.version_converter.convert_version(model, opset)
+    except (RuntimeError, onnx.version_converter.ConvertError) as error:
+        raise InputError(
+            f"{path}: cannot be lifted from opset {onnx_file.opset(model)} to {opset}: "
+            f"{str(error).strip().splitlines()[-1]}",
+            hint=f"export it with opset {opset}",
+        ) from error
+    if opset > OPSET:  # types that older IR versions do not have
+        least = onnx.helper.find_min_ir_version_for(lifted.opset_import, ignore_unknown=True)
+        lifted.ir_version = max(lifted.ir_version, least)
+    return lifted
 
 
 def _affine(model: onnx.ModelProto) -> int:

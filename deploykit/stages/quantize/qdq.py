@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deploykit.stages.quantize import blocks
 from deploykit.stages.quantize.graph import Graph, subgraph_nodes
 from deploykit.stages.quantize.levels import Grid, Levels
 from deploykit.stages.quantize.placement import Plan
@@ -20,7 +21,6 @@ LARGEST_BIAS = 2**31 - 128
 """The largest int32 that is a float32 too."""
 SMALLEST_SHARE = 1e-6
 """A channel's scale as a share of the largest one, at least."""
-_TYPES = {"uint8": np.uint8, "int8": np.int8}
 
 
 def write(
@@ -115,8 +115,8 @@ class _Writer:
         self.first: list[onnx.NodeProto] = []
         """Dequantized constants: they come before all nodes."""
         self.added: dict[str, onnx.TensorProto] = {}
-        self._activation = _TYPES[preset.activation]
         self._tag = _free_tag(graph)
+        self._relus = blocks.relus(graph, made.nodes) if preset.activation is None else set()
 
     def grid(self, tensor: str) -> Grid:
         return self.grids[self.plan.root(tensor)]
@@ -153,7 +153,7 @@ class _Writer:
         root = self.plan.root(tensor)
         scale = self._constant(f"{root}{self._tag}_scale", np.array(grid.scale, np.float32))
         zero = self._constant(
-            f"{root}{self._tag}_zero_point", np.array(grid.zero_point, self._activation)
+            f"{root}{self._tag}_zero_point", np.array(grid.zero_point, grid.levels.dtype)
         )
         integer = f"{tensor}{self._tag}_quantized"
         return [
@@ -168,6 +168,9 @@ class _Writer:
     def _rewire(self, node: onnx.NodeProto) -> None:
         """Let a node read dequantized activations, weights and bias."""
         original = list(node.input)
+        if self.preset.activation is None:
+            self._rewire_blocks(node)
+            return
         for index, name in enumerate(original):
             if node.name in self.plan.read.get(name, ()):
                 node.input[index] = f"{name}{self._tag}_dequantized"
@@ -175,6 +178,26 @@ class _Writer:
                 node.input[index] = self._weights(node.name, index, original)
         if node.name in self.plan.biases and self.preset.quantize_bias:
             node.input[2] = self._bias(node.name, original)
+
+    def _rewire_blocks(self, node: onnx.NodeProto) -> None:
+        """Let a node read weights in blocks, and keep no Relu that would hinder it."""
+        if node.name in self.plan.nodes:
+            node.input[1] = self._blocked(node)
+        elif node.name in self._relus:
+            node.op_type = "Max"
+            node.input.append(
+                self._constant(f"{node.output[0]}{self._tag}_zero_point", np.zeros((), np.float32))
+            )
+
+    def _blocked(self, node: onnx.NodeProto) -> str:
+        """Weights in blocks, with the inputs first."""
+        tensor = node.input[1]
+        values = self.graph.constant(tensor)
+        assert values is not None  # noqa: S101 - `blocks.unfit` has checked it
+        if blocks.turned(node):
+            blocks.turn(node)
+            tensor, values = f"{tensor}_turned", values.T
+        return self._dequantized(tensor, *blocks.quantized(values), 0, 0)
 
     def _weights(self, name: str, index: int, inputs: list[str]) -> str:
         axis = self.plan.weights[name, index]
@@ -185,21 +208,20 @@ class _Writer:
             grid = self.preset.levels.fitted(
                 min(float(values.min()), 0.0), max(float(values.max()), 0.0)
             )
-            level = np.rint(values / grid.scale) + grid.zero_point
-            integers = np.clip(level, grid.levels.lowest, grid.levels.highest)
             return self._dequantized(
                 tensor,
-                integers.astype(self._activation),
+                grid.levels.nearest(values / grid.scale, grid.zero_point).astype(grid.levels.dtype),
                 np.array(grid.scale, np.float32),
                 grid.zero_point,
             )
         scale = self.weight_scale(name, index, inputs)
+        levels = self.preset.weight_levels
         integers = self.integers.get(name) if index == 1 else None
         if integers is None:
-            integers = integer_weights(values, scale, axis, self.preset.weight_levels)
+            integers = integer_weights(values, scale, axis, levels)
         else:
             tensor = f"{name}_{tensor}"  # rounded for this node's data, not for all that share it
-        return self._dequantized(tensor, integers.astype(np.int8), scale, 0, axis)
+        return self._dequantized(tensor, integers.astype(levels.dtype), scale, 0, axis)
 
     def weight_scale(self, name: str, index: int, inputs: list[str]) -> Array:
         """One scale a channel, or one for all; wide enough for an int32 bias."""
@@ -236,13 +258,16 @@ class _Writer:
         target = f"{base}{self._tag}_dequantized"
         if f"{base}{self._tag}_quantized" in self.added:
             return target
-        points = np.full(np.shape(scale), zero, integers.dtype)
         names = [
             self._constant(f"{base}{self._tag}_quantized", integers),
             self._constant(f"{base}{self._tag}_scale", np.asarray(scale, np.float32)),
-            self._constant(f"{base}{self._tag}_zero_point", points),
         ]
         attributes: dict[str, Any] = {} if axis is None else {"axis": axis % integers.ndim}
+        if np.ndim(scale) == 2:
+            attributes["block_size"] = blocks.BLOCK
+        else:
+            points = np.full(np.shape(scale), zero, integers.dtype)
+            names.append(self._constant(f"{base}{self._tag}_zero_point", points))
         self.first.append(
             onnx.helper.make_node(
                 "DequantizeLinear", names, [target], f"{base}_DequantizeLinear", **attributes
@@ -281,8 +306,7 @@ def weight_scales(values: Array, axis: int | None, levels: Levels) -> Array:
 
 def integer_weights(values: Array, scale: Array, axis: int | None, levels: Levels) -> Array:
     """Weights in levels, rounded half to even."""
-    scale = _along(scale, axis, values.ndim)
-    return np.clip(np.rint(values / scale), levels.lowest, levels.highest)
+    return levels.nearest(values / _along(scale, axis, values.ndim))
 
 
 def _along(scale: Array, axis: int | None, dims: int) -> Array:

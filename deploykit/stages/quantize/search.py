@@ -221,8 +221,8 @@ def _broken(lab: Lab) -> AnswerIsNo:
     )
     limit = lab.promise.limit(lab.float_score)
     return AnswerIsNo(
-        f"no INT8 model keeps {lab.promise.metric} within {limit:.4f} of "
-        f"{lab.float_score.score.value:.4f}; the nearest is {nearest.name}, "
+        f"no {lab.shop.preset.precision.upper()} model keeps {lab.promise.metric} within "
+        f"{limit:.4f} of {lab.float_score.score.value:.4f}; the nearest is {nearest.name}, "
         f"which loses {nearest.drop.value:.4f}",
         hint=f"drop and time over float of what was tried: {seen}",
     )

@@ -14,7 +14,7 @@ from deploykit import store
 from deploykit.dataset import Dataset
 from deploykit.environment import versions
 from deploykit.errors import AnswerIsNo
-from deploykit.stages.quantize import guard, placement, qdq
+from deploykit.stages.quantize import blocks, guard, placement, qdq
 from deploykit.stages.quantize.account import account
 from deploykit.stages.quantize.bias import bias_corrected
 from deploykit.stages.quantize.calibration import Calibration, Progress, observe, remembered
@@ -25,7 +25,7 @@ from deploykit.stages.quantize.levels import Grid
 from deploykit.stages.quantize.methods import EXACT, Method, calibrate
 from deploykit.stages.quantize.placement import Plan
 from deploykit.stages.quantize.prepare import prepare
-from deploykit.stages.quantize.presets import COMPUTE, Preset
+from deploykit.stages.quantize.presets import COMPUTE, OPSETS, Preset
 from deploykit.stages.quantize.rounding import adaptive
 from deploykit.values import Array, Artifact, Json
 
@@ -91,14 +91,14 @@ class Workshop:
         Raises InputError: an input never changes, or a tensor is NaN. AnswerIsNo: nothing in the
         model can be quantized.
         """
-        model, told = prepare(source.path)
+        model, told = prepare(source.path, opset=OPSETS[chosen.precision])
         binned = binned or cache is not None
 
         def look(graph: Graph) -> Calibration:
             widest = placement.plan(graph, placement.chosen(graph, op_types), chosen)
             if not widest.nodes:
-                raise nothing(account(graph, widest, {}))
-            tensors = widest.written | set(widest.read)
+                raise nothing(account(graph, widest, {}), chosen)
+            tensors = widest.written | set(widest.read) or graph.ends & graph.floats
             return observe(graph.model, tensors, data, binned=binned, progress=progress)
 
         graph = Graph(model)
@@ -112,7 +112,7 @@ class Workshop:
         }
         seen = remembered(cache, identity, lambda: look(graph))
         guard.check_inputs(source.inputs, seen, data)
-        return cls(source, graph, chosen, data, look, seen, told)
+        return cls(source, graph, chosen, data, look, seen if chosen.activation else {}, told)
 
     def corrected(self, variant: Variant) -> Workshop:
         """The workshop of the graph that the variant's equalizations make."""
@@ -160,16 +160,18 @@ class Workshop:
         shop = self.corrected(variant)
         made = shop.plan(variant.nodes)
         if not any(bare or shop.graph.nodes[n].op_type in COMPUTE for n in made.nodes):
-            raise nothing(account(shop.graph, made, {}))
+            raise nothing(account(shop.graph, made, {}), self.preset)
         model = shop.cut(made, variant)
         onnx.save(model, path)
         return self.source.model_copy(
-            update={"path": path, "precision": "int8", "sha256": "", "history": ()}
+            update={"path": path, "precision": self.preset.precision, "sha256": "", "history": ()}
         )
 
     def cut(self, made: Plan, variant: Variant) -> onnx.ModelProto:
         """The quantized model of a plan on this graph."""
         grids, graph = self.grids(made, variant), self.graph
+        if not variant.corrections:
+            return qdq.write(graph, made, grids, self.preset)
         scales = qdq.scales(graph, made, grids, self.preset)
         integers = self.rounding(scales) if "adaptive_rounding" in variant.corrections else {}
         if "bias_correction" in variant.corrections:
@@ -212,12 +214,14 @@ class Workshop:
             name: placement.unfit(self.graph, name, self.barred, self.preset)
             for name in variant.nodes
         }
+        if self.preset.activation is None:
+            why = why | dict.fromkeys(blocks.relus(self.graph, made.nodes), blocks.AS_MAX)
         grids = self.grids(made, variant)
         largest = {n: max(-self.seen[n].low, self.seen[n].high) for n in made.tensors}
         return {
             **account(self.graph, made, why | {n: w for n, w in unfit.items() if w}),
             "preset": self.preset.model_dump(mode="json"),
-            "calibration_method": variant.method,
+            "calibration_method": variant.method if made.tensors else None,
             "corrections": list(variant.corrections),
             "prepared": list(self.told),
             "huge_ranges": [name for name, value in largest.items() if value > HUGE],
@@ -234,12 +238,14 @@ def _bounds(grid: Grid) -> list[float]:
     return [grid.scale * (level - grid.zero_point) for level in (lowest, highest)]
 
 
-def nothing(facts: Json) -> AnswerIsNo:
+def nothing(facts: Json, preset: Preset) -> AnswerIsNo:
     """The answer where nothing that computes can be quantized."""
     inside = facts["compute_nodes_in_subgraphs"]
     told = f", {inside} of them in branches or loops" if inside else ""
     return AnswerIsNo(
         f"0 of {facts['multiply_accumulates']:,} multiply-accumulates (0 of "
         f"{facts['compute_nodes']} compute nodes{told}) could be quantized",
-        hint="the work of this model lies in operators or subgraphs that stay in float",
+        hint="the work of this model lies in operators or subgraphs that stay in float"
+        if preset.activation
+        else f"weights are quantized to {preset.reason}",
     )
