@@ -67,11 +67,22 @@ def observe(
 def runs(
     model: onnx.ModelProto, names: Sequence[str], data: Dataset
 ) -> Iterator[tuple[Mapping[str, Array], int]]:
-    """The tensors for each sample (or fixed batch) in turn, and how many samples are done."""
+    """The tensors for each sample (or fixed batch) in turn, and how many samples are done.
+
+    Raises InputError: the model fails on a sample.
+    """
     batch, done = _fixed_batch(model), 0
     session = _session(model, list(names))
     for feed, _ in data.batches(batch):
-        outputs = session.run(list(names), {n: padded(a, batch) for n, a in feed.items()})
+        padded_feed = {name: padded(array, batch) for name, array in feed.items()}
+        try:
+            outputs = session.run(list(names), padded_feed)
+        except Exception as error:  # ONNX Runtime raises many kinds
+            reason = str(error).splitlines()[0].rpartition("Status Message: ")[2]
+            raise InputError(
+                f"{data.reference}, sample {done}: the model fails on it: {reason}",
+                hint="check the values: are they what the model takes?",
+            ) from error
         done += len(next(iter(feed.values())))
         yield dict(zip(names, outputs, strict=True)), done
 

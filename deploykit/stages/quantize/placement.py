@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from deploykit.errors import UsageError, did_you_mean
-from deploykit.stages.quantize import blocks
+from deploykit.stages.quantize import blocks, tables
 from deploykit.stages.quantize.graph import Graph, channel_axis, groups_of
-from deploykit.stages.quantize.presets import COMPUTE, Preset
+from deploykit.stages.quantize.presets import COMPUTE, TABLES, Preset
 
 if TYPE_CHECKING:
     import onnx
@@ -31,7 +31,8 @@ class Plan:
     """What to quantize. Tensors are named as in the float graph."""
 
     nodes: dict[str, str] = field(default_factory=dict)
-    """Node name to its part: "integer", "fused" into the node before it, or "moves" integers."""
+    """Node name to its part: "integer", "fused" into the node before it, "moves" integers, or looks
+    rows up in a "table" of integers."""
     written: set[str] = field(default_factory=set)
     """Activations that exist as integers only: all readers get the dequantized ones."""
     read: dict[str, set[str]] = field(default_factory=dict)
@@ -94,6 +95,8 @@ def plan(
             continue
         if preset.activation is None:
             made.nodes[name] = "integer"
+        elif graph.nodes[name].op_type in TABLES:
+            made.nodes[name] = "table"
         else:
             _take(graph, graph.nodes[name], preset, made)
     if preset.outputs:
@@ -106,6 +109,10 @@ def unfit(graph: Graph, name: str, barred: Collection[str], preset: Preset) -> s
     node = graph.nodes[name]
     if preset.activation is None:
         return blocks.unfit(graph, node)
+    if node.op_type in TABLES:
+        if preset.activation != "uint8":
+            return "integer tables are for CPUs"
+        return tables.unfit(graph, node)
     return _no_integers(graph, node, barred, preset)
 
 

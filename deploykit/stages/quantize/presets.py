@@ -23,10 +23,13 @@ JOINS = ("Add", "Concat", "AveragePool", "GlobalAveragePool")
 FUNCTIONS = ("Mul", "Sigmoid", "LeakyRelu", "Softmax")
 """Element-wise functions that ONNX Runtime computes on integers."""
 
+TABLES = ("Gather",)
+"""Lookups in embedding tables, which are most of the weights of a small language model."""
+
 SCOPES: dict[Scope, tuple[str, ...]] = {
-    "compute": COMPUTE,
-    "residual": (*COMPUTE, *JOINS),
-    "all": (*COMPUTE, *JOINS, *FUNCTIONS),
+    "compute": (*COMPUTE, *TABLES),
+    "residual": (*COMPUTE, *TABLES, *JOINS),
+    "all": (*COMPUTE, *TABLES, *JOINS, *FUNCTIONS),
 }
 OPSETS: dict[Quantized, int] = {"int8": 13, "fp8": 19, "int4": 21}
 """From where on DequantizeLinear has an axis, takes float8, and takes blocks of int4."""

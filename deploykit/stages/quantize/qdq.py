@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploykit.stages.quantize import blocks
+from deploykit.stages.quantize import blocks, tables
 from deploykit.stages.quantize.graph import Graph, subgraph_nodes
 from deploykit.stages.quantize.levels import Grid, Levels
 from deploykit.stages.quantize.placement import Plan
@@ -132,10 +132,12 @@ class _Writer:
             copy = onnx.NodeProto()
             copy.CopyFrom(node)
             self._rewire(copy)
-            result.append(copy)
             for index, name in enumerate(node.output):
                 if name in self.plan.written:
                     copy.output[index] = f"{name}{self._tag}_float"
+            looks_up = self.plan.nodes.get(node.name) == "table"
+            result += self._lookup(copy) if looks_up else [copy]
+            for name in node.output:
                 result += self._pair(name)
         return result
 
@@ -164,6 +166,16 @@ class _Writer:
                 "DequantizeLinear", [integer, scale, zero], [target], f"{tensor}_DequantizeLinear"
             ),
         ]
+
+    def _lookup(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """Rows of an integer table, in place of those of the float one."""
+        table = node.input[0]
+        values = self.graph.constant(table)
+        assert values is not None  # noqa: S101 - `tables.unfit` has checked it
+        integers, scales = tables.quantized(values)
+        rows = self._constant(f"{table}{self._tag}_rows_quantized", integers)
+        row_scales = self._constant(f"{table}{self._tag}_rows_scale", scales)
+        return tables.lookup(node, rows, row_scales, self._tag)
 
     def _rewire(self, node: onnx.NodeProto) -> None:
         """Let a node read dequantized activations, weights and bias."""
@@ -287,7 +299,7 @@ def _free_tag(graph: Graph) -> str:
     """What to put into the names of new tensors so that they are new."""
     taken = {*graph.constants, *graph.producers, *graph.captured}
     taken |= {value.name for value in graph.model.graph.input}
-    ends = ("_float", "_quantized", "_dequantized", "_scale", "_zero_point")
+    ends = ("_float", "_quantized", "_dequantized", "_scale", "_zero_point", "_rows", "_row_scales")
     tag = ""
     while any(name.endswith(tuple(tag + end for end in ends)) for name in taken):
         tag += "_qdq"
