@@ -79,11 +79,17 @@ def cpu_features() -> tuple[str, ...]:
 
 
 def has_int8_dot_product() -> bool:
-    """Whether 8-bit products are summed in 32 bits (VNNI, AMX or Arm dot product).
+    """Whether 8-bit products are summed in 32 bits: VNNI, AMX, any Arm.
 
-    Without it ONNX Runtime's x86 kernels add pairs of u8*s8 products in 16 bits and saturate.
+    Without it ONNX Runtime's x86 kernels add pairs of u8*s8 products in 16 bits and saturate; its
+    Arm kernels widen products before they add, with a dot product or without.
     """
-    return bool(set(cpu_features()) & set(INT8_DOT_PRODUCT))
+    return is_arm() or bool(set(cpu_features()) & set(INT8_DOT_PRODUCT))
+
+
+def is_arm() -> bool:
+    """Whether this is a 64-bit Arm CPU."""
+    return platform.machine().lower() in ("aarch64", "arm64")
 
 
 @cache

@@ -113,3 +113,14 @@ def test_the_quota_is_in_cores(
         path.write_text(text)
     monkeypatch.setattr(environment, "Path", lambda name: path)
     assert environment._cpu_quota() == quota
+
+
+@pytest.mark.parametrize(
+    ("machine", "wide"), [("aarch64", True), ("arm64", True), ("x86_64", False)]
+)
+def test_arm_kernels_widen_products_before_they_add(
+    cpuinfo: Path, monkeypatch: pytest.MonkeyPatch, machine: str, wide: bool
+) -> None:
+    cpuinfo.unlink()
+    monkeypatch.setattr(environment.platform, "machine", lambda: machine)
+    assert environment.has_int8_dot_product() is environment.is_arm() is wide

@@ -11,7 +11,7 @@ from pathlib import Path
 from deploykit import store
 from deploykit.backends import backend
 from deploykit.dataset import Dataset
-from deploykit.environment import has_int8_dot_product
+from deploykit.environment import has_int8_dot_product, is_arm
 from deploykit.environment import read as read_environment
 from deploykit.errors import InputError, UsageError, did_you_mean
 from deploykit.stages.quantize import gain, guard, placement, sound
@@ -236,9 +236,14 @@ def _runtime(options: QuantizeOptions) -> tuple[str, bool, list[str]]:
             True,
             [f"scores are simulated, times are of ort-cpu, not of {target}: {why}"],
         )
+    elsewhere = [_OF_THIS_CPU] if options.processor == "arm" and not is_arm() else []
     if options.preset.weight_bits == 8 and not has_int8_dot_product():
         why = "this CPU sums 8-bit products in 16 bits, which overflow"
-        return "ort-cpu", True, [f"{why}: scores are simulated, times are of this CPU"]
+        return "ort-cpu", True, [f"{why}: scores are simulated, {_OF_THIS_CPU}"]
     if reason := backend(target).unavailable():
-        return "ort-cpu", False, [f"scores and times are of ort-cpu, not of {target}: {reason}"]
-    return target, False, []
+        elsewhere = [f"scores and times are of ort-cpu, not of {target}: {reason}"]
+        return "ort-cpu", False, elsewhere
+    return target, False, elsewhere
+
+
+_OF_THIS_CPU = "times are of this CPU"

@@ -24,10 +24,10 @@ class QuantizeOptions(Value):
         description="int8; fp8 (E4M3, tensorrt only); or int4, the large weights of MatMul and "
         "Gemm alone. There is no 16-bit kind: no target computes with 16-bit integers",
     )
-    processor: Literal["this", "vnni", "any"] = Field(
+    processor: Literal["this", "vnni", "arm", "any"] = Field(
         default="this",
-        description="the CPU that will serve: like this one, one that sums 8-bit products in 32 "
-        "bits (vnni), or any, at the price of 7-bit weights",
+        description="the CPU that will serve: like this one; one that sums 8-bit products in 32 "
+        "bits (vnni, arm); or any, at the price of 7-bit weights",
     )
     scope: Scope | Literal["auto"] = Field(
         default="auto",
@@ -76,7 +76,7 @@ class QuantizeOptions(Value):
     @property
     def preset(self) -> Preset:
         """Types and places of the pairs."""
-        wide = {"this": None, "vnni": True, "any": False}[self.processor]
+        wide = {"this": None, "vnni": True, "arm": True, "any": False}[self.processor]
         return preset(self.target, self.precision, int8_dot_product=wide)
 
     @property

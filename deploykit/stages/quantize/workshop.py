@@ -22,7 +22,7 @@ from deploykit.stages.quantize.channels import Channels, observe_channels
 from deploykit.stages.quantize.equalize import cross_layer, smooth
 from deploykit.stages.quantize.graph import Graph
 from deploykit.stages.quantize.levels import Grid
-from deploykit.stages.quantize.methods import EXACT, Method, calibrate
+from deploykit.stages.quantize.methods import EXACT, Method, Range, calibrate
 from deploykit.stages.quantize.placement import Plan
 from deploykit.stages.quantize.prepare import prepare
 from deploykit.stages.quantize.presets import COMPUTE, OPSETS, Preset
@@ -71,6 +71,8 @@ class Workshop:
     """What was done to the graph."""
     others: dict[Correction, Workshop | None] = field(default_factory=dict)
     """The workshops of equalized graphs, once they were asked for; None: nothing to equalize."""
+    ranges: dict[tuple[str, Method, float], Range] = field(default_factory=dict)
+    """By tensor, method and percentile, as far as they were asked for."""
     rounded: dict[str, tuple[Array, Array]] = field(default_factory=dict)
     """Scale and adaptively rounded weights by node, as far as they were asked for."""
 
@@ -130,7 +132,7 @@ class Workshop:
             else:
                 graph = smooth(self.graph, self.channels)
             self.others[name] = (
-                replace(self, graph=graph, seen=self.look(graph), others={}, rounded={})
+                replace(self, graph=graph, seen=self.look(graph), others={}, ranges={}, rounded={})
                 if graph
                 else None
             )
@@ -194,13 +196,13 @@ class Workshop:
 
     def grids(self, made: Plan, variant: Variant) -> dict[str, Grid]:
         """The grid of each tensor of a plan."""
-        levels = self.preset.levels
-        return {
-            name: levels.fitted(
-                *calibrate(self.seen[name], variant.method, levels, percentile=variant.percentile)
-            )
-            for name in made.tensors
-        }
+        levels, how = self.preset.levels, (variant.method, variant.percentile)
+        for name in made.tensors:
+            if (name, *how) not in self.ranges:
+                self.ranges[name, *how] = calibrate(
+                    self.seen[name], variant.method, levels, percentile=variant.percentile
+                )
+        return {name: levels.fitted(*self.ranges[name, *how]) for name in made.tensors}
 
     def facts(self, variant: Variant, why: dict[str, str]) -> Json:
         """What was quantized, what not and why, as far as it is not the graph's own affair."""

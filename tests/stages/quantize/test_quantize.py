@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 
 from deploykit.backends import open_session
 from deploykit.dataset import Dataset, open_dataset
+from deploykit.environment import is_arm
 from deploykit.errors import AnswerIsNo, InputError, UsageError
 from deploykit.evaluation import collect, evaluate
 from deploykit.formats import open_model
@@ -259,6 +260,16 @@ def test_what_is_judged_on_another_runtime_says_so(
     assert made.facts["search"]["runtime"] == "ort-cpu"
     assert made.facts["search"]["simulated"]
     assert any("of ort-cpu, not of tensorrt" in warning for warning in made.facts["warnings"])
+
+
+def test_what_is_for_an_arm_cpu_says_whose_times_it_has(
+    teacher_onnx: Artifact, calibration: Dataset, tmp_path: Path
+) -> None:
+    options = QuantizeOptions(processor="arm", calibration_samples=16, corrections=("none",))
+    assert options.preset.weight_bits == 8
+    made = quantize(teacher_onnx, options, data=calibration, out=tmp_path / "m.onnx")
+    told = any("times are of this CPU" in warning for warning in made.facts["warnings"])
+    assert told is not is_arm()
 
 
 def test_a_candidate_names_the_one_whose_time_it_has(
