@@ -168,6 +168,21 @@ def drop(reference: Score, candidate: Score) -> Interval:
     return Interval(value=value, low=value - half, high=value + half)
 
 
+def least_drop(reference: Score, candidate: Score, *, confidence: float) -> float:
+    """A lower bound of `drop`, one-sided: Student's t on the paired differences.
+
+    Minus infinity where the scores have no value a sample.
+    """
+    from scipy import stats
+
+    ours, theirs = np.array(reference.per_sample or ()), np.array(candidate.per_sample or ())
+    if not len(ours) == len(theirs) > 1 or not np.isfinite([ours, theirs]).all():
+        return float("-inf")
+    lost = ours - theirs
+    error = lost.std(ddof=1) / np.sqrt(len(lost))
+    return float(lost.mean() - stats.t.ppf(confidence, len(lost) - 1) * error)
+
+
 def differences(
     reference: Mapping[str, Array], candidate: Mapping[str, Array]
 ) -> tuple[Difference, ...]:

@@ -12,7 +12,16 @@ from scipy import stats
 
 from deploykit import metrics
 from deploykit.errors import InputError, UsageError
-from deploykit.metrics import METRICS, cosine, differences, drop, mean_interval, score, sqnr_db
+from deploykit.metrics import (
+    METRICS,
+    cosine,
+    differences,
+    drop,
+    least_drop,
+    mean_interval,
+    score,
+    sqnr_db,
+)
 from deploykit.values import Array, Difference, Interval, Score
 from tests.fixtures_core import refused
 
@@ -293,6 +302,17 @@ def test_the_drop_is_paired_over_the_samples(pairs: list[tuple[float, float]]) -
         assert (found.low, found.high) == pytest.approx((want.low, want.high))
     elif not lost.any():
         assert (found.low, found.high) == (-3 / len(lost), 3 / len(lost))
+
+
+def test_the_least_drop_is_the_one_sided_bound_of_a_paired_test() -> None:
+    ours = RNG.random(50)
+    theirs = ours - 0.1 + 0.05 * RNG.random(50)
+    want = stats.ttest_rel(ours, theirs, alternative="greater").confidence_interval(0.999).low
+    found = least_drop(paired(*ours), paired(*theirs), confidence=0.999)
+    assert found == pytest.approx(want)
+    assert 0 < found < drop(paired(*ours), paired(*theirs)).low
+    alone = paired(*ours).model_copy(update={"per_sample": None})
+    assert least_drop(alone, paired(*theirs), confidence=0.999) == float("-inf")
 
 
 def test_a_paired_drop_is_narrower_than_that_of_two_means() -> None:

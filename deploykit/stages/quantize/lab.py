@@ -14,8 +14,8 @@ from deploykit.backends import open_session
 from deploykit.dataset import Dataset, padded
 from deploykit.environment import read as read_environment
 from deploykit.errors import InputError, StageError
-from deploykit.evaluation import collect, evaluate, metric_identity
-from deploykit.metrics import cosine, drop
+from deploykit.evaluation import Outputs, collect, evaluate, metric_identity
+from deploykit.metrics import METRICS, cosine, drop, least_drop
 from deploykit.session import Session
 from deploykit.stages.quantize import sound
 from deploykit.stages.quantize.workshop import Variant, Workshop
@@ -33,6 +33,11 @@ from deploykit.values import (
 
 ROUNDS, SECONDS = (21, 500), 1.0
 """Fewest and most interleaved timings of each candidate, and how long they may take together."""
+
+EVERY, FEWEST_LOOKED_AT = 8, 64
+"""A candidate is scored on every 8th sample first, where those are so many."""
+CONFIDENCE = 0.999
+"""With which a first look must say that a promise is broken for the other samples to be spared."""
 
 Talk = Callable[[str, int, int], None]
 """Told what goes on, how many parts are done, and of how many."""
@@ -70,6 +75,8 @@ class Point:
     """Of all outputs on the held-back samples, against the float model."""
     score: float | None = None
     drop: Interval | None = None
+    scored_samples: int | None = None
+    """Those of the evaluation data, or a part of them that left no doubt."""
     time_ratio: float | None = None
     """Time over the float model's on the same runtime, one sample, one thread."""
     timed_as: str | None = None
@@ -83,6 +90,7 @@ class Point:
             "sqnr_db": round(self.sqnr_db, 2),
             "score": self.score,
             "drop": self.drop and self.drop.value,
+            "scored_samples": self.scored_samples,
             "time_ratio": self.time_ratio and round(self.time_ratio, 3),
             "timed_as": self.timed_as,
             "size_bytes": self.artifact.path.stat().st_size,
@@ -114,6 +122,31 @@ class Damage:
         return float(10 ** (-self.sqnr_db / 10) / self.work)
 
 
+@dataclass(frozen=True)
+class _Look:
+    """Data to score on, and what the float model does on it."""
+
+    data: Dataset
+    outputs: Outputs
+    score: Score
+
+    @classmethod
+    def of(cls, session: Session, data: Dataset, metric: str) -> _Look:
+        outputs, _ = collect(session, data, batch_size=1)
+        score = evaluate(session, data, metric, reference=outputs, batch_size=1)
+        return cls(data, outputs, score)
+
+    def at(self, session: Session, metric: str) -> Score:
+        return evaluate(session, self.data, metric, reference=self.outputs, batch_size=1)
+
+
+def _looked_at(promise: Promise) -> list[Dataset]:
+    """The evaluation data, and before it a part, if that can be enough to say no."""
+    part = promise.data.split(EVERY)[1]
+    enough = promise.metric in METRICS and len(part) >= FEWEST_LOOKED_AT
+    return [part, promise.data] if enough else [promise.data]
+
+
 @dataclass
 class Lab:
     """Where candidates of one model are written, run, timed and scored."""
@@ -127,6 +160,7 @@ class Lab:
     simulate: bool = False
     """Judge by simulation: the integers of the target are not those of this machine."""
     points: list[Point] = field(default_factory=list)
+    looks: list[_Look] = field(default_factory=list)
     float_score: Score | None = None
     broken: dict[str, str] = field(default_factory=dict)
     """Nodes that break the model when quantized, with the reason."""
@@ -138,22 +172,14 @@ class Lab:
         with self._open(self.shop.source) as session:
             self.reference, _ = collect(session, self.held, batch_size=1)
             if self.promise:
-                self.float_outputs, _ = collect(session, self.promise.data, batch_size=1)
-                self.float_score = self._scored(session)
+                self.looks = [
+                    _Look.of(session, d, self.promise.metric) for d in _looked_at(self.promise)
+                ]
+                self.float_score = self.looks[-1].score
 
     def _open(self, artifact: Artifact, threads: int | None = None) -> Session:
         options = SessionOptions(threads=threads) if threads else self.options
         return open_session(artifact, self.backend, options)
-
-    def _scored(self, session: Session) -> Score:
-        assert self.promise  # noqa: S101 - nobody scores without one
-        return evaluate(
-            session,
-            self.promise.data,
-            self.promise.metric,
-            reference=self.float_outputs,
-            batch_size=1,
-        )
 
     def follow(self, artifact: Artifact, samples: Dataset | None = None) -> Likeness:
         """How the outputs follow the float model's. Raises InputError: it does not run."""
@@ -227,12 +253,26 @@ class Lab:
         ]
 
     def scored(self, point: Point) -> Point:
-        """The point with its score on the evaluation data, in the deployed runtime."""
-        assert self.float_score  # noqa: S101 - nobody scores without a promise
+        """The point with its score on the evaluation data, in the deployed runtime.
+
+        A sequential test: what a first look at a part of the data shows to break the promise, with
+        CONFIDENCE, is not run on the rest.
+        """
+        assert self.promise and self.float_score  # noqa: S101, PT018
+        limit = self.promise.limit(self.float_score)
+        *early, last = self.looks
         with self._open(point.artifact) as session:
-            score = self._scored(session)
-        lost = drop(self.float_score, score)
-        return self.know(replace(point, score=score.score.value, drop=lost))
+            for look in early:
+                score = look.at(session, self.promise.metric)
+                if least_drop(look.score, score, confidence=CONFIDENCE) > limit:
+                    return self._judged(point, look, score)
+            return self._judged(point, last, last.at(session, self.promise.metric))
+
+    def _judged(self, point: Point, look: _Look, score: Score) -> Point:
+        lost = drop(look.score, score)
+        return self.know(
+            replace(point, score=score.score.value, drop=lost, scored_samples=score.samples)
+        )
 
     def keeps(self, point: Point) -> bool:
         """Whether a scored point keeps the promise."""

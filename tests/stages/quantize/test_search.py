@@ -278,6 +278,32 @@ def promised(folder: Path, max_drop: float) -> Promise:
     return Promise(open_dataset(folder / "evaluation.npz"), "cosine", max_drop)
 
 
+def test_what_is_clearly_out_is_scored_on_a_part_and_what_is_kept_on_all(tmp_path: Path) -> None:
+    """The sequential test: half of the samples are far off in the plain candidate."""
+    source, data = planted(tmp_path)
+    np.savez(tmp_path / "evaluation.npz", x=normal(640, 8, seed=5))
+    evaluated = open_dataset(tmp_path / "evaluation.npz")
+    for metric, part in (("cosine", 80), (user_metric(tmp_path), 640)):
+        made = quantize(
+            source, FIXED, data=data, out=tmp_path / "q.onnx", force=True,
+            promise=Promise(evaluated, metric, 0.01),
+        )  # fmt: skip
+        candidates = {c["name"]: c["scored_samples"] for c in made.facts["search"]["candidates"]}
+        assert candidates == {"compute-minmax": part, "compute-minmax-1": 640}
+
+
+def user_metric(folder: Path) -> str:
+    """One number for all samples: no part of them can say no."""
+    path = folder / "metric.py"
+    path.write_text(
+        "import numpy as np\n"
+        "def near(outputs, target, reference):\n"
+        "    a, b = outputs['y'], reference['y']\n"
+        "    return 1 - float(np.linalg.norm(a - b) / np.linalg.norm(b)) ** 2\n"
+    )
+    return f"{path}:near"
+
+
 def float_names(facts: Json) -> dict[str, str]:
     return {n["node"]: n["reason"] for n in facts["float_nodes"]}
 
