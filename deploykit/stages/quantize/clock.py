@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
+from deploykit.formats import onnx_file
 from deploykit.stages.quantize.graph import Graph
 from deploykit.stages.quantize.placement import FUSED
 from deploykit.stages.quantize.presets import COMPUTE
-from deploykit.values import Kernel
+from deploykit.values import Artifact, Kernel
+
+if TYPE_CHECKING:
+    from deploykit.stages.quantize.lab import Lab
+
+
+RUNS = 20
+"""Runs under the runtime's profiler."""
+
+
+def times(lab: Lab, artifact: Artifact) -> tuple[dict[str, float], float | None]:
+    """Microseconds of each node that has a time of its own, and of all kernels together."""
+    lab.talk("time of each node", 0, 1)
+    kernels = lab.kernels(artifact, RUNS)
+    found = node_times(Graph(onnx_file.read(artifact.path)), kernels)
+    total = round(sum(kernel.microseconds for kernel in kernels), 1) if kernels else None
+    return {name: round(time, 1) for name, time in found.items()}, total
+
+
+def times_of_float(lab: Lab) -> tuple[dict[str, float], float | None]:
+    """As `times`, of the prepared float model, whose nodes have names."""
+    import onnx
+
+    path = lab.folder / "float.onnx"
+    onnx.save(lab.shop.graph.model, path)
+    return times(lab, lab.shop.source.model_copy(update={"path": path}))
 
 
 def node_times(graph: Graph, kernels: Iterable[Kernel]) -> dict[str, float]:

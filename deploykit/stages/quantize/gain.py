@@ -8,14 +8,11 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from deploykit.errors import AnswerIsNo, InputError, UsageError, did_you_mean
-from deploykit.stages.quantize.clock import node_times
-from deploykit.stages.quantize.graph import Graph, multiply_accumulates
+from deploykit.stages.quantize.clock import times, times_of_float
+from deploykit.stages.quantize.graph import multiply_accumulates
 from deploykit.stages.quantize.lab import Lab, Point
 from deploykit.stages.quantize.search import PROBED
 from deploykit.values import Artifact, Json
-
-RUNS = 20
-"""Runs under the runtime's profiler."""
 
 
 def probe(lab: Lab, point: Point) -> Json:
@@ -24,8 +21,6 @@ def probe(lab: Lab, point: Point) -> Json:
     Signal to noise is of the same few held-back samples as the damage of each node, times are
     of one sample and one thread. The float model is the prepared one, whose nodes have names.
     """
-    import onnx
-
     few = lab.held.first(PROBED)
     whole = lab.follow(point.artifact, few)
     without: dict[str, float] = {}
@@ -39,11 +34,8 @@ def probe(lab: Lab, point: Point) -> Json:
             without[name] = round(lab.follow(made, few).sqnr_db, 2)
         except (AnswerIsNo, InputError):  # nothing is left, or the runtime does not take it
             continue
-    lab.talk("time of each node", 0, 1)
-    path = lab.folder / "float.onnx"
-    onnx.save(lab.shop.graph.model, path)
-    before, float_total = _times(lab, lab.shop.source.model_copy(update={"path": path}))
-    after, int8_total = _times(lab, point.artifact)
+    before, float_total = times_of_float(lab)
+    after, int8_total = times(lab, point.artifact)
     return {
         "samples": len(few),
         "sqnr_db": round(whole.sqnr_db, 2),
@@ -54,16 +46,6 @@ def probe(lab: Lab, point: Point) -> Json:
         "float_us_in_all": float_total,
         "int8_us_in_all": int8_total,
     }
-
-
-def _times(lab: Lab, artifact: Artifact) -> tuple[dict[str, float], float | None]:
-    """Microseconds of each node that has a time of its own, and of all kernels together."""
-    from deploykit.formats import onnx_file
-
-    kernels = lab.kernels(artifact, RUNS)
-    found = node_times(Graph(onnx_file.read(artifact.path)), kernels)
-    total = round(sum(kernel.microseconds for kernel in kernels), 1) if kernels else None
-    return {name: round(time, 1) for name, time in found.items()}, total
 
 
 def rows(lab: Lab, found: Json) -> list[Json]:

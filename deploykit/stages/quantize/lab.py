@@ -117,9 +117,9 @@ class Damage:
     cosine: float
 
     @property
-    def noise_per_work(self) -> float:
-        """How bad the trade is."""
-        return float(10 ** (-self.sqnr_db / 10) / self.work)
+    def noise(self) -> float:
+        """Power of the noise over that of the signal."""
+        return float(10 ** (-self.sqnr_db / 10))
 
 
 @dataclass(frozen=True)

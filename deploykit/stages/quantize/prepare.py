@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import chdir, contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,8 +113,8 @@ def _folded(source: Path, target: Path) -> tuple[onnx.ModelProto, str]:
         from onnxruntime.quantization.shape_inference import quant_pre_process
     for way, skip in (("symbolic shapes", False), ("without symbolic shapes", True)):
         try:
-            with _quiet():
-                quant_pre_process(source, target, skip_symbolic_shape=skip)
+            with _quiet(), chdir(target.parent):  # where it fails it leaves a file in the folder
+                quant_pre_process(source.resolve(), target, skip_symbolic_shape=skip)
                 model = load_model_with_shape_infer(target)
         except Exception:  # noqa: BLE001, S112 - it raises many kinds; the way taken is a fact
             continue

@@ -26,7 +26,7 @@ from deploykit.stages.quantize import Promise, QuantizeOptions, lab, quantize, s
 from deploykit.stages.quantize.graph import Graph
 from deploykit.stages.quantize.lab import Point, pareto
 from deploykit.stages.quantize.prepare import prepare
-from deploykit.stages.quantize.search import Damage, search
+from deploykit.stages.quantize.search import Damage, _worth, search
 from deploykit.stages.quantize.workshop import Variant
 from deploykit.values import Array, Artifact, Feed, Interval, Json, SessionOptions
 from tests.stages.quantize.test_graph import CONV, normal, parsed, stored
@@ -214,6 +214,7 @@ def test_no_more_nodes_than_needed_go_back_to_float(
     order = np.random.default_rng(count).permutation(12)
     damages = [Damage(TWELVE[n], 10.0 + 2 * rank, 100, 0.9) for rank, n in enumerate(order)]
     monkeypatch.setattr(search_module, "damage", lambda *_: sorted(damages, key=lambda d: d.node))
+    monkeypatch.setattr(search_module, "_saved", lambda *_: {})  # no clock
     bad = frozenset(TWELVE[n] for n in order[:count])
     fake = fake_mixed_lab({}, {}, promise=KEPT, bad=bad)
     found = search(fake, {"all-x": Variant(TWELVE, "minmax")})  # type: ignore[arg-type]
@@ -223,9 +224,13 @@ def test_no_more_nodes_than_needed_go_back_to_float(
     assert len(fake.scored_names) <= 8
 
 
-def test_damage_for_little_work_weighs_more() -> None:
-    assert Damage("a", 20, 100, 0.9).noise_per_work == pytest.approx(1e-4)
-    assert Damage("a", 20, 10, 0.9).noise_per_work > Damage("b", 15, 100, 0.9).noise_per_work
+def test_what_a_node_saves_is_its_time_and_by_its_work_where_it_has_none() -> None:
+    rows = [Damage("a", 20, 100, 0.9), Damage("b", 10, 300, 0.9), Damage("c", 5, 200, 0.9)]
+    assert [row.noise for row in rows[:2]] == pytest.approx([0.01, 0.1])
+    assert _worth(rows, {"a": 6, "b": 10}) == pytest.approx({"a": 6, "b": 10, "c": 8})
+    assert _worth(rows, {"a": -2, "b": 12})["a"] == pytest.approx(10 / 2 / 20)
+    assert _worth(rows, {"a": -2, "b": 1}) == {"a": 100, "b": 300, "c": 200}
+    assert _worth(rows, {}) == {"a": 100, "b": 300, "c": 200}
 
 
 @pytest.mark.parametrize(("mixed_wins", "share"), [(True, 0.5), (False, 0.89)])
@@ -237,6 +242,7 @@ def test_a_mixed_model_must_be_faster_than_the_slower_one_that_keeps_the_promise
     fake = fake_mixed_lab({}, {}, promise=KEPT, bad=frozenset(TWELVE[11:]))
     damages = [Damage(n, 10.0 if n == "n11" else 40.0, 100, 0.9) for n in TWELVE]
     monkeypatch.setattr(search_module, "damage", lambda *_: damages)
+    monkeypatch.setattr(search_module, "_saved", lambda *_: {})  # no clock
 
     def timed(points: Sequence[Point]) -> list[Point]:
         known = {"many-x": 0.4, "few-x": 0.8, "many-x-1": share}
