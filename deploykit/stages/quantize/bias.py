@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def bias_corrected(
     graph: Graph, errors: Mapping[str, Array], channels: Mapping[str, Channels]
 ) -> Graph | None:
-    """A graph whose biases make up for the errors of the weights, by node: E[y] += -error @ E[x].
+    """A graph whose biases make up for the errors of the weights: E[y] += -error @ E[x], by node.
 
     Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction",
     equation 14, with E[x] as seen on data; that padding brings zeros in at the border is left out
@@ -29,7 +29,7 @@ def bias_corrected(
         place = _bias_of(graph, node)
         if node.name not in errors or place is None:
             continue
-        shift = _shift(node, errors[node.name], channels[node.input[0]].mean)
+        shift = _shift(node, errors[node.name], channels[node.name].mean)
         name, index = place
         inputs = graph.nodes[name].input
         bias = graph.constant(inputs[index]) if index < len(inputs) and inputs[index] else None

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from deploykit.dataset import Dataset, open_dataset
+from deploykit.dataset import Dataset
 from deploykit.stages.quantize.channels import FEW, observe_channels
 from deploykit.values import Array
 from tests.stages.quantize.test_graph import CONV, graph_of, normal, outputs
 
 
 def in_memory(**arrays: Array) -> Dataset:
-    """A data set that needs no folder any more."""
-    with tempfile.TemporaryDirectory() as folder:
-        np.savez(Path(folder) / "data.npz", **arrays)
-        return open_dataset(Path(folder) / "data.npz")
+    samples = len(next(iter(arrays.values())))
+    return Dataset("memory", samples, "", lambda: iter([arrays]))
 
 
 @pytest.mark.parametrize("batch", ["N", "4"])

@@ -220,8 +220,7 @@ def same_function(before: Graph, after: Graph, x: Array) -> None:
 
 
 @EACH
-@settings(max_examples=4)
-@given(seed=st.integers(0, 2**16), spread=st.floats(0, 2))
+@pytest.mark.parametrize(("seed", "spread"), [(0, 0.0), (1, 2.0)])
 def test_the_function_stays(case: Case, seed: int, spread: float) -> None:
     graph, x = graph_with(case, seed, spread)
     before = graph.model.SerializeToString()
