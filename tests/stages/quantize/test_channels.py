@@ -33,8 +33,9 @@ def test_mean_and_largest_of_each_channel(batch: str) -> None:
 
 
 def test_only_the_first_samples_are_looked_at() -> None:
-    graph, x = graph_of("(float[N,4] x) => (float[N,2] y) { y = MatMul(x, w) }", w=normal(4, 2)), (
-        normal(FEW + 1, 4)
+    graph, x = (
+        graph_of("(float[N,4] x) => (float[N,2] y) { y = MatMul(x, w) }", w=normal(4, 2)),
+        (normal(FEW + 1, 4)),
     )
     x[-1] = 1e6
     (seen,) = observe_channels(graph, in_memory(x=x)).values()
