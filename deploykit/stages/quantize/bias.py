@@ -52,7 +52,7 @@ def _bias_of(graph: Graph, node: onnx.NodeProto) -> tuple[str, int] | None:
 
 
 def _shift(node: onnx.NodeProto, error: Array, mean: Array) -> Array:
-    """What to add to the bias of each output channel; `error` is the quantized weights less the true ones."""
+    """What to add to each channel's bias; `error` is the quantized weights less the true ones."""
     shift: Array
     if node.op_type == "Conv":
         groups = groups_of(node)

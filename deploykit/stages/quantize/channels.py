@@ -30,12 +30,13 @@ def observe_channels(graph: Graph, data: Dataset) -> Mapping[str, Channels]:
     read = {node.name: (node.input[0], input_axis(node)) for node in weighed(graph)}
     if not read:
         return {}
-    means = {key: np.zeros(1) for key in read.values()}
-    largest = {key: np.zeros(1) for key in read.values()}
+    keys = sorted(set(read.values()))
+    means = {key: np.zeros(1) for key in keys}
+    largest = {key: np.zeros(1) for key in keys}
     count = 0
-    for outputs, _ in runs(graph.model, sorted({name for name, _ in means}), data.first(FEW)):
+    for outputs, _ in runs(graph.model, sorted({name for name, _ in keys}), data.first(FEW)):
         count += 1
-        for name, axis in means:
+        for name, axis in keys:
             values = outputs[name]
             rows = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
             means[name, axis] = means[name, axis] + rows.mean(axis=1, dtype=np.float64)

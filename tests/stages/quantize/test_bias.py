@@ -55,14 +55,11 @@ CASES = {
 def data_for(text: str) -> Array:
     """Inputs whose channels have means of their own."""
     shape = [int(n) for n in text.partition("]")[0].partition("[N,")[2].split(",")]
-    axis = 1 if "Conv" in text else -1
-    count = shape[axis - 1 if axis == 1 else -1]
-    means = (
-        normal(count, seed=3).reshape(-1, *[1] * (len(shape) - 1))
-        if axis == 1
-        else (normal(count, seed=3))
-    )
-    return normal(20, *shape, seed=1) + 2 * means
+    axis = 0 if "Conv" in text else -1
+    turned = [1] * len(shape)
+    turned[axis] = -1
+    means: Array = 2 * normal(shape[axis], seed=3).reshape(turned)
+    return np.asarray(normal(20, *shape, seed=1) + means)
 
 
 def rounded(graph: Graph, step: float = 0.5) -> tuple[Graph, dict[str, Array]]:
@@ -124,6 +121,7 @@ def test_a_bias_that_is_shared_is_corrected_for_each() -> None:
     h = outputs(graph.model, "h", x=x)["h"]
     for node, values in zip(better.nodes.values(), (x, h), strict=True):
         bias = better.constant(node.input[2])
+        assert bias is not None
         shift = errors[node.name].T @ values.mean(0, dtype=np.float64)
         np.testing.assert_allclose(bias, normal(6) - shift, rtol=1e-4, atol=1e-5)
 

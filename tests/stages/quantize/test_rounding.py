@@ -109,8 +109,8 @@ def test_input_vectors_are_those_that_the_weights_multiply(
     """The squared output without bias is the moment between the weights: y^T y = w^T (x x^T) w."""
     graph, x = layer((case[0].replace(", b)", ")"), *case[1:]))
     (node,) = graph.nodes.values()
-    moment = rounding._moments(graph, [node], in_memory(x=x))[node.name]  # noqa: SLF001
-    rows = rounding._rows(node, normal(*case[2]))  # noqa: SLF001
+    moment = rounding._moments(graph, [node], in_memory(x=x))[node.name]
+    rows = rounding._rows(node, normal(*case[2]))
     y = outputs(graph.model, x=x)["y"]
     channel = 1 if node.op_type == "Conv" else y.ndim - 1
     want = (y.astype(np.float64) ** 2).sum(tuple(i for i in range(y.ndim) if i != channel))
@@ -162,7 +162,8 @@ def test_inputs_of_any_size(size: float) -> None:
     (made,) = adaptive(graph, scales(graph, INT8), INT8, in_memory(x=x)).values()
     assert np.isfinite(made).all()
     (nothing,) = adaptive(graph, scales(graph, INT8), INT8, in_memory(x=0 * x)).values()
-    np.testing.assert_array_equal(nothing, *to_nearest(graph, INT8).values())
+    (nearest,) = to_nearest(graph, INT8).values()
+    np.testing.assert_array_equal(nothing, nearest)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_inputs_of_any_size(size: float) -> None:
 def test_what_is_not_known_is_left_out(text: str) -> None:
     graph = graph_of(text, w=normal(3, 4, 2, 2), u=normal(3, 4, 2))
     shape = [int(n) for n in text.partition("]")[0].partition("[N,")[2].split(",")]
-    scale = {name: np.float32(1) for name in graph.nodes}
+    scale = {name: np.ones((), np.float32) for name in graph.nodes}
     assert adaptive(graph, scale, INT8, in_memory(x=normal(4, *shape))) == {}
 
 
