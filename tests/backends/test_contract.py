@@ -53,19 +53,6 @@ def test_agrees_with_pytorch_on_real_data(
     assert (have.argmax(1) == want.argmax(1)).mean() > 0.97
 
 
-def test_onnx_runtime_simulates_integers_with_the_operators_of_the_file(
-    teacher_int8: Artifact, feed: dict[str, np.ndarray]
-) -> None:
-    ran = []
-    for options in (SessionOptions(simulate=True), SessionOptions()):
-        with open_session(teacher_int8, "ort-cpu", options) as session:
-            ran.append(session.placement(feed).detail["operators"])
-    simulated, real = ran
-    assert {"Conv", "Gemm", "QuantizeLinear", "DequantizeLinear"} <= set(simulated)
-    assert not any(name.startswith("QLinear") for name in simulated)
-    assert real["QLinearConv"] == simulated["Conv"] == 13
-
-
 @pytest.mark.parametrize("name", [b.name for b in BACKENDS if b.name != "ort-cpu"])
 def test_the_others_refuse_to_simulate(
     name: str, teacher: Artifact, teacher_onnx: Artifact

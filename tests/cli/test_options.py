@@ -10,6 +10,7 @@ import pytest
 from deploykit.cli._options import _choices, fields, make
 from deploykit.errors import UsageError
 from deploykit.stages.quantize import QuantizeOptions
+from deploykit.stages.quantize.presets import Scope
 from tests.cli.conftest import Command
 
 
@@ -61,8 +62,8 @@ def test_the_help_names_the_choices(deploykit: Command) -> None:
     ("kind", "choices"),
     [
         (Literal["a", "b"], ["a", "b"]),
-        (Literal["a", "b", "c"], ["a", "b", "c"]),
-        (Literal["a"] | str, []),
+        (Scope | Literal["auto"], ["compute", "residual", "all", "auto"]),
+        (Scope | str, []),
         (str, []),
         (int | None, []),
     ],

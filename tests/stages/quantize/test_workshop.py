@@ -13,7 +13,7 @@ import pytest
 from deploykit.backends import open_session
 from deploykit.dataset import Dataset
 from deploykit.evaluation import collect, evaluate
-from deploykit.stages.quantize import QuantizeOptions, preset, quantize, workshop
+from deploykit.stages.quantize import QuantizeOptions, preset, quantize, rounding, workshop
 from deploykit.stages.quantize.placement import chosen
 from deploykit.stages.quantize.presets import SCOPES, Target
 from deploykit.stages.quantize.workshop import CORRECTIONS, Correction, Variant, Workshop
@@ -243,7 +243,7 @@ def test_rounding_is_done_once_for_equal_scales(
     source, data = loud(tmp_path)
     shop, _ = opened(source, data)
     asked: list[list[str]] = []
-    real = workshop.adaptive
+    real = rounding.adaptive
 
     def counted(graph: object, scales: dict[str, Array], *rest: object) -> dict[str, Array]:
         asked.append(list(scales))
