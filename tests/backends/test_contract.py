@@ -53,6 +53,16 @@ def test_agrees_with_pytorch_on_real_data(
     assert (have.argmax(1) == want.argmax(1)).mean() > 0.97
 
 
+@pytest.mark.parametrize("name", [b.name for b in BACKENDS if b.name != "ort-cpu"])
+def test_the_others_refuse_to_simulate(
+    name: str, teacher: Artifact, teacher_onnx: Artifact
+) -> None:
+    model = teacher if "torch" in backend(name).formats else teacher_onnx
+    with pytest.raises(UsageError, match=f"{name} cannot simulate integers") as caught:
+        open_session(model, name, SessionOptions(simulate=True))
+    assert caught.value.hint == "ort-cpu can"
+
+
 @each
 @pytest.mark.parametrize("size", [1, 3, 64])
 def test_takes_any_batch(runtime: Backend, model: Artifact, evaluation: Dataset, size: int) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def bias_corrected(
     graph: Graph, errors: Mapping[str, Array], channels: Mapping[str, Channels]
 ) -> Graph | None:
-    """A graph whose biases make up for the errors of the weights, by node: E[y] += -error @ E[x].
+    """A graph whose biases make up for the errors of the weights: E[y] += -error @ E[x], by node.
 
     Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction",
     equation 14, with E[x] as seen on data; that padding brings zeros in at the border is left out
@@ -29,7 +29,7 @@ def bias_corrected(
         place = _bias_of(graph, node)
         if node.name not in errors or place is None:
             continue
-        shift = _shift(node, errors[node.name], channels[node.input[0]].mean)
+        shift = _shift(node, errors[node.name], channels[node.name].mean)
         name, index = place
         inputs = graph.nodes[name].input
         bias = graph.constant(inputs[index]) if index < len(inputs) and inputs[index] else None
@@ -39,7 +39,7 @@ def bias_corrected(
 
 def _bias_of(graph: Graph, node: onnx.NodeProto) -> tuple[str, int] | None:
     """The constant that is added to each output channel: the node and its input; or None."""
-    if node.op_type == "ConvTranspose":
+    if node.op_type == "ConvTranspose" or _factor(node, "beta") == 0:
         return None
     if node.op_type != "MatMul":
         given = len(node.input) > 2 and node.input[2]
@@ -52,7 +52,7 @@ def _bias_of(graph: Graph, node: onnx.NodeProto) -> tuple[str, int] | None:
 
 
 def _shift(node: onnx.NodeProto, error: Array, mean: Array) -> Array:
-    """What to add to each output channel; `error` is the quantized weights less the true ones."""
+    """What to add to each channel's bias; `error` is the quantized weights less the true ones."""
     shift: Array
     if node.op_type == "Conv":
         groups = groups_of(node)
@@ -60,4 +60,9 @@ def _shift(node: onnx.NodeProto, error: Array, mean: Array) -> Array:
         shift = np.einsum("goi,gi->go", taps, mean.reshape(groups, -1)).reshape(-1)
     else:
         shift = error @ mean if channel_axis(node) == 0 else mean @ error
-    return -shift
+    return -shift * _factor(node, "alpha") / _factor(node, "beta")
+
+
+def _factor(node: onnx.NodeProto, name: str) -> float:
+    """What a Gemm multiplies its product (alpha) or its bias (beta) by; 1 for other nodes."""
+    return next((float(a.f) for a in node.attribute if a.name == name), 1.0)

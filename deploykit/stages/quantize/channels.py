@@ -26,15 +26,19 @@ class Channels:
 
 
 def observe_channels(graph: Graph, data: Dataset) -> Mapping[str, Channels]:
-    """The channels by tensor, on the first FEW samples."""
-    axes = {node.input[0]: input_axis(node) for node in weighed(graph)}
-    means = {name: np.zeros(1) for name in axes}
-    largest = {name: np.zeros(1) for name in axes}
+    """What each weighed node reads, by the node's name, on the first FEW samples."""
+    read = {node.name: (node.input[0], input_axis(node)) for node in weighed(graph)}
+    if not read:
+        return {}
+    keys = sorted(set(read.values()))
+    means = {key: np.zeros(1) for key in keys}
+    largest = {key: np.zeros(1) for key in keys}
     count = 0
-    for outputs, _ in runs(graph.model, sorted(axes), data.first(FEW)):
+    for outputs, _ in runs(graph.model, sorted({name for name, _ in keys}), data.first(FEW)):
         count += 1
-        for name, values in outputs.items():
-            rows = np.moveaxis(values, axes[name], 0).reshape(values.shape[axes[name]], -1)
-            means[name] = means[name] + rows.mean(axis=1, dtype=np.float64)
-            largest[name] = np.maximum(largest[name], np.abs(rows).max(axis=1))
-    return {name: Channels(means[name] / count, largest[name]) for name in axes}
+        for name, axis in keys:
+            values = outputs[name]
+            rows = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
+            means[name, axis] = means[name, axis] + rows.mean(axis=1, dtype=np.float64)
+            largest[name, axis] = np.maximum(largest[name, axis], np.abs(rows).max(axis=1))
+    return {node: Channels(means[key] / count, largest[key]) for node, key in read.items()}

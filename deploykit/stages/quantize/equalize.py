@@ -60,7 +60,7 @@ def cross_layer(graph: Graph) -> Graph | None:
 
 
 def smooth(graph: Graph, channels: Mapping[str, Channels]) -> Graph | None:
-    """Move outlier channels of activations into the weights that read them.
+    """Move outlier channels of activations, by the node that reads them, into its weights.
 
     s = max|x| ** alpha / max|w| ** (1 - alpha): Xiao et al. 2023, "SmoothQuant", equation 4. None
     where no activation takes it.
@@ -68,7 +68,7 @@ def smooth(graph: Graph, channels: Mapping[str, Channels]) -> Graph | None:
     edit = _Edit(graph)
     for reading in _readings(graph):
         if reading.places or reading.product:
-            seen, weights = channels[reading.tensor].largest, edit.reading(reading)
+            seen, weights = channels[reading.nodes[0].name].largest, edit.reading(reading)
             edit.move(reading, seen**STRENGTH / np.maximum(weights, 1e-12) ** (1 - STRENGTH))
     return edit.done()
 
@@ -91,7 +91,8 @@ def _readings(graph: Graph) -> Iterator[_Reading]:
         found.setdefault((node.input[0], node.op_type in ("MatMul", "Gemm")), []).append(node)
     for (tensor, product), nodes in found.items():
         own = tensor not in graph.outputs and tensor not in graph.captured
-        whole = own and len(graph.consumers[tensor]) == len(nodes)
+        uses = sum(list(node.input).count(tensor) for node in graph.consumers[tensor])
+        whole = own and uses == len(nodes)  # a Gemm may add it too
         weights = graph.constant(nodes[0].input[1])
         assert weights is not None  # noqa: S101 - `weighed` says so
         tail = 0 if product else weights.ndim - 2
@@ -184,6 +185,8 @@ class _Edit:
     graph: Graph
     values: dict[tuple[str, int], Array] = field(default_factory=dict)
     moved: set[tuple[str, int]] = field(default_factory=set)
+    scales: dict[tuple[str, bool], Array] = field(default_factory=dict)
+    """Of each activation, over all moves."""
     divided: dict[str, tuple[_Reading, Array]] = field(default_factory=dict)
     """Activations that get a Mul of their own."""
 
@@ -204,11 +207,15 @@ class _Edit:
 
     def move(self, reading: _Reading, scale: Array) -> None:
         """Divide the activation by the scale of each channel, multiply what reads it."""
-        usable = scale[scale > 0]
-        if not usable.size:
+        usable = scale > 0
+        if not usable.any():
             return
-        middle = np.exp(np.mean(np.log(usable)))
-        scale = np.clip(np.where(scale > 0, scale, middle), middle / MOST, middle * MOST)
+        key = reading.tensor, reading.product
+        before = self.scales.get(key, np.ones(1))
+        whole = before * scale
+        middle = np.exp(np.mean(np.log(whole[usable])))
+        whole = np.clip(np.where(usable, whole, middle), middle / MOST, middle * MOST)
+        self.scales[key], scale = whole, whole / before
         for name, index, tail in reading.places:
             divided = self.get((name, index, tail)) / scale.reshape(-1, *[1] * tail)
             self.values[name, index] = divided
@@ -228,22 +235,26 @@ class _Edit:
             return None
         graph = with_constants(self.graph, {key: self.values[key] for key in self.moved})
         for tensor, (reading, scale) in self.divided.items():
-            _insert(graph.model, tensor, reading, scale)
+            _insert(Graph(graph.model), tensor, reading, scale)
         return Graph(graph.model)
 
 
-def _insert(model: onnx.ModelProto, tensor: str, reading: _Reading, scale: Array) -> None:
+def _insert(graph: Graph, tensor: str, reading: _Reading, scale: Array) -> None:
     """Divide the activation by a Mul before the nodes that read it, in place."""
     import onnx
 
-    factor, result = f"{tensor}_smoothing", f"{tensor}_smooth"
+    model, tag = graph.model, ""
+    while {f"{tensor}_{end}{tag}" for end in ("smoothing", "smooth", "Smooth")} & graph.names:
+        tag += "_"
+    factor, result = f"{tensor}_smoothing{tag}", f"{tensor}_smooth{tag}"
     inverse = (1 / scale).astype(np.float32)
     model.graph.initializer.append(onnx.numpy_helper.from_array(inverse, factor))
     names = {node.name for node in reading.nodes}
     readers = [i for i, node in enumerate(model.graph.node) if node.name in names]
-    node = onnx.helper.make_node("Mul", [tensor, factor], [result], f"{tensor}_Smooth")
+    node = onnx.helper.make_node("Mul", [tensor, factor], [result], f"{tensor}_Smooth{tag}")
     for number in readers:
         model.graph.node[number].input[0] = result
     model.graph.node.insert(min(readers), node)
-    shape = onnx.helper.make_tensor_value_info(result, onnx.TensorProto.FLOAT, None)
-    model.graph.value_info.append(shape)
+    values = (*model.graph.value_info, *model.graph.input, *model.graph.output)
+    known = next(value for value in values if value.name == tensor)  # `weighed` asks for it
+    model.graph.value_info.add(name=result, type=known.type)

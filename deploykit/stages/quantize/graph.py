@@ -56,6 +56,12 @@ class Graph:
         }
 
     @cached_property
+    def names(self) -> set[str]:
+        """Of all nodes and tensors, and of what subgraphs read."""
+        known = {*self.nodes, *self.constants, *self.producers, *self.captured}
+        return known | {value.name for value in self.model.graph.input}
+
+    @cached_property
     def outputs(self) -> set[str]:
         """Names of the graph's outputs."""
         return {value.name for value in self.model.graph.output}
@@ -180,7 +186,7 @@ def with_constants(graph: Graph, values: Mapping[tuple[str, int], Array]) -> Gra
 
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
-    taken = {*graph.constants, *graph.producers, *(value.name for value in model.graph.input)}
+    taken = set(graph.names)
     nodes = {node.name: node for node in model.graph.node}
     for (name, index), value in values.items():
         new = f"{name}_constant{index}"

@@ -135,6 +135,26 @@ def test_integers_are_divided_as_integers(tmp_path: Path) -> None:
     assert types(made) == ["Div"]
 
 
+def test_names_that_folding_adds_do_not_clash_when_more_is_folded(tmp_path: Path) -> None:
+    """`k` is an output, so its Add is folded only where calibration does not ask for it."""
+    text = """(float[1,7,6] x) => (float[1,7,5] y, float[1,7,5] k) {
+        h = MatMul(x, w) a = Add(h, b) r = Relu(a) k = MatMul(r, v) y = Add(k, b)
+    }"""
+    model = parsed(text, w=normal(6, 5), b=normal(5), v=normal(5, 5))
+    made, _ = prepared(model, tmp_path, x=normal(12, 7, 6))
+    assert types(made) == ["Reshape", "Gemm", "Reshape", "Relu", "MatMul", "Add"]
+    before = {name for node in model.graph.node for name in (*node.input, *node.output)}
+    after = {name for node in made.graph.node for name in (*node.input, *node.output)}
+    assert after - before
+    assert all(name.endswith("_folded") for name in after - before)
+    assert {value.name for value in made.graph.value_info} - before <= after
+    source, data = stored(model, tmp_path, x=normal(12, 7, 6))
+    options = FIXED.model_copy(update={"scope": "compute", "processor": "this"})
+    int8 = quantize(source, options, data=data, out=tmp_path / "q.onnx")
+    assert int8.facts["compute_nodes_quantized"] == 2
+    assert follow(source, int8, data, "ort-cpu") > 20
+
+
 @pytest.mark.parametrize("label", ["", "[n] "])
 def test_node_names_become_unique(label: str, tmp_path: Path) -> None:
     """ONNX Runtime loads no model of which two nodes have one name."""

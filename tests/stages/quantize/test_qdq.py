@@ -206,6 +206,22 @@ def test_onnx_runtime_computes_on_integers(case: Case, tmp_path: Path) -> None:
     assert not left & set(found)
 
 
+def test_a_simulation_runs_the_operators_of_the_file(tmp_path: Path) -> None:
+    case = CASES["conv_relu"]
+    constants = {name: normal(*shape) for name, shape in case.constants.items()}
+    model = parsed(case.text, **constants)
+    source, data = stored(model, tmp_path, x=normal(12, *case.shape))
+    _, artifact = quantized(source, data, tmp_path)
+    feed, _ = next(data.batches(1))
+    ran = []
+    for options in (SessionOptions(simulate=True), SessionOptions()):
+        with open_session(artifact, "ort-cpu", options) as session:
+            ran.append(session.placement(feed).detail["operators"])
+    simulated, real = ran
+    assert simulated == Counter(node.op_type for node in onnx.load(artifact.path).graph.node)
+    assert (simulated["Conv"], real["QLinearConv"]) == (2, 2)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("text", "shape", "weights", "axis"),

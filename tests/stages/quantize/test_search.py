@@ -27,7 +27,7 @@ from deploykit.stages.quantize.graph import Graph
 from deploykit.stages.quantize.lab import Point, pareto
 from deploykit.stages.quantize.prepare import prepare
 from deploykit.stages.quantize.search import Damage, _worth, search
-from deploykit.stages.quantize.workshop import Variant
+from deploykit.stages.quantize.workshop import Correction, Variant
 from deploykit.values import Array, Artifact, Feed, Interval, Json, SessionOptions
 from tests.stages.quantize.test_graph import CONV, normal, parsed, stored
 from tests.stages.quantize.test_qdq import follow
@@ -252,6 +252,97 @@ def test_a_mixed_model_must_be_faster_than_the_slower_one_that_keeps_the_promise
     candidates = {"many-x": Variant(TWELVE, "minmax"), "few-x": Variant(few, "minmax")}
     found = search(fake, candidates)  # type: ignore[arg-type]
     assert found.name == ("many-x-1" if mixed_wins else "few-x")
+
+
+# corrections
+
+
+@dataclass
+class fake_mending_lab(fake_lab):  # noqa: N801
+    """A lab where times are known by name; what is not named takes as long as the float model."""
+
+    slow: Mapping[str, float] = field(default_factory=dict)
+
+    def timed(self, points: Sequence[Point]) -> list[Point]:
+        ratios = [self.slow.get(p.name, 1.0) for p in points]
+        return [self.know(replace(p, time_ratio=r)) for p, r in zip(points, ratios, strict=True)]
+
+
+FIRST: Correction = "cross_layer_equalization"
+SECOND: Correction = "bias_correction"
+SMOOTH: Correction = "smooth_quant"
+
+
+def mended(
+    sqnr: Mapping[str, float],
+    *corrections: Correction,
+    slow: Mapping[str, float] | None = None,
+    drops: Mapping[str, float] | None = None,
+) -> tuple[Point, fake_mending_lab]:
+    """One candidate `x`; the others are named by what is added to it."""
+    known = {"x": 30.0} | {f"x+{name}": value for name, value in sqnr.items()}
+    lost = {"x": 0.5} | {f"x+{name}": value for name, value in (drops or {}).items()}
+    slower = {f"x+{name}": value for name, value in (slow or {}).items()}
+    promise = KEPT if drops else None
+    fake = fake_mending_lab({}, known, lost, promise=promise, slow=slower)
+    return search(fake, {"x": Variant(FEW, "minmax")}, corrections), fake  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("sqnr", "stay"),
+    [
+        ({FIRST: 30.1, SECOND: 30.1}, ()),  # too little to count
+        ({FIRST: 29, SECOND: 31}, (SECOND,)),
+        ({FIRST: 31, f"{FIRST}+{SECOND}": 32}, (FIRST, SECOND)),  # one upon the other
+        ({FIRST: 31, f"{FIRST}+{SECOND}": 30.5}, (FIRST,)),
+        ({FIRST: math.nan, SECOND: 30.3}, (SECOND,)),
+    ],
+)
+def test_a_correction_stays_only_where_it_helps(
+    sqnr: Mapping[str, float], stay: tuple[Correction, ...]
+) -> None:
+    found, fake = mended(sqnr, FIRST, SECOND)
+    assert found.variant.corrections == stay
+    assert found.name == "+".join(("x", *stay))
+    tried = {f"x+{name}" for name, value in sqnr.items() if not math.isnan(value)}
+    assert {p.name for p in fake.points} == {"x"} | tried
+    assert all(p.time_ratio == 1 and p.timed_as == "x" for p in fake.points)
+
+
+@pytest.mark.parametrize(
+    ("gain_db", "time_ratio", "stays"),
+    [(0.1, 1.0, False), (0.5, 1.0, True), (0.5, 1.5, False), (1.5, 1.5, True), (0.5, 1.02, True)],
+)
+def test_smoothing_that_slows_the_model_has_to_give_more(
+    gain_db: float, time_ratio: float, *, stays: bool
+) -> None:
+    found, _ = mended({SMOOTH: 30 + gain_db}, SMOOTH, slow={SMOOTH: time_ratio})
+    assert found.variant.corrections == ((SMOOTH,) if stays else ())
+    assert found.time_ratio == (time_ratio if stays else 1)
+
+
+@pytest.mark.parametrize(
+    ("drops", "stay", "scored"),
+    [
+        ({FIRST: 0.005}, (FIRST,), 2),  # the promise is kept: no more is tried
+        ({FIRST: 0.6, SECOND: 0.01}, (SECOND,), 3),
+        ({FIRST: 0.4, f"{FIRST}+{SECOND}": 0.009}, (FIRST, SECOND), 3),
+        ({FIRST: 0.5, SECOND: 0.01}, (SECOND,), 3),  # as much lost is no help
+    ],
+)
+def test_with_a_promise_less_of_the_score_must_be_lost(
+    drops: Mapping[str, float], stay: tuple[Correction, ...], scored: int
+) -> None:
+    sqnr = dict.fromkeys([FIRST, SECOND, f"{FIRST}+{SECOND}"], 10.0)  # not what counts
+    found, fake = mended(sqnr, FIRST, SECOND, drops=drops)
+    assert found.variant.corrections == stay
+    assert len(fake.scored_names) == scored
+
+
+def test_what_keeps_the_promise_is_not_corrected() -> None:
+    fake = fake_mending_lab({}, {"x": 30}, {"x": 0.0}, promise=KEPT)
+    found = search(fake, {"x": Variant(FEW, "minmax")}, (FIRST,))  # type: ignore[arg-type]
+    assert [p.name for p in fake.points] == [found.name] == ["x"]
 
 
 # search, on real models
