@@ -64,7 +64,10 @@ def samples(file: Path) -> list[Feed]:
 
 @dataclass(frozen=True)
 class OrtStatic:
-    """ONNX Runtime's `quantize_static` as its documentation has it: per channel, MinMax."""
+    """ONNX Runtime's `quantize_static` as its documentation has it: per channel, MinMax.
+
+    On a CPU without an 8-bit dot product with 7-bit weights.
+    """
 
     activation: Literal["QInt8", "QUInt8"]
     op_types: tuple[str, ...] | None = None
@@ -92,6 +95,8 @@ class OrtStatic:
                 quant_format=q.QuantFormat.QDQ, calibrate_method=q.CalibrationMethod.MinMax,
                 activation_type=q.QuantType[self.activation], weight_type=q.QuantType.QInt8,
                 op_types_to_quantize=self.op_types and list(self.op_types),
+                # As its documentation advises where 8-bit products overflow 16-bit sums.
+                reduce_range=not environment.has_int8_dot_product(),
             )  # fmt: skip
 
         try:
