@@ -170,6 +170,7 @@ def _build(
         "compute_capabilities": capabilities,
         "profile": {name: [list(s) for s in shapes] for name, shapes in profile.items()},
         "network_layers": dict(layers.most_common()),
+        **_quantized_layers(network),
         "ran_on_gpu": False,
     }
     _check_precision(source.precision, facts["network_layers"])
@@ -225,6 +226,36 @@ def _check_precision(asked: Precision, layers: Mapping[str, int]) -> None:
             f"the parsed network has no quantized layer although the file is {asked.upper()}",
             hint="quantize with --target tensorrt",
         )
+
+
+def _quantized_layers(network: Any) -> Json:
+    """How many convolutions and matrix products read dequantized operands alone.
+
+    Of the parsed network: those TensorRT computes on integers (or float8), whatever kernels it
+    picks; the engine itself tells its kernels on a GPU only.
+    """
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    makers = {layer.get_output(i).name: layer for layer in layers for i in range(layer.num_outputs)}
+
+    def dequantized(tensor: Any) -> bool:
+        layer = makers.get(tensor.name)
+        while layer is not None and _layer_kind(layer) in _CARRIES:
+            layer = makers.get(layer.get_input(0).name)
+        return layer is not None and _layer_kind(layer) == "dequantize"
+
+    heavy = [layer for layer in layers if _layer_kind(layer) in _OPERANDS]
+    quantized = [
+        layer
+        for layer in heavy
+        if all(dequantized(layer.get_input(i)) for i in range(_OPERANDS[_layer_kind(layer)]))
+    ]
+    return {"compute_layers": len(heavy), "compute_layers_quantized": len(quantized)}
+
+
+_OPERANDS = {"convolution": 2, "deconvolution": 2, "matrix_multiply": 2}
+"""Layers that hold the work, and how many of their inputs are no bias."""
+_CARRIES = frozenset({"shuffle", "identity"})
+"""Layers that pass values on unchanged."""
 
 
 def _layer_kind(layer: Any) -> str:
