@@ -81,6 +81,10 @@ def export(
     return store.produce(job, work, out=out, force=force)
 
 
+PRIVATE = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node")
+"""What the exporter tells of a node that holds paths and internals."""
+
+
 def _fixed_batch(inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     return tuple(s.model_copy(update={"shape": (1, *s.shape[1:])}) for s in inputs)
 
@@ -120,6 +124,24 @@ def _export(
             f"the exporter fails: {_reason(error)}",
             hint="rewrite what it names, or export a part; --traceback shows all of it",
         ) from error
+    _strip(path)
+
+
+def _strip(path: Path) -> None:
+    """Take out where on this machine the model's source lies: it goes to no server.
+
+    What says which module a node is from stays.
+    """
+    import onnx
+
+    model = onnx.load(path)
+    for part in (model.graph, *model.functions):
+        for node in part.node:
+            kept = [p for p in node.metadata_props if p.key not in PRIVATE]
+            if len(kept) < len(node.metadata_props):
+                del node.metadata_props[:]
+                node.metadata_props.extend(kept)
+    onnx.save(model, path)
 
 
 @contextmanager

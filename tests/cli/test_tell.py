@@ -74,7 +74,7 @@ def test_what_is_there_is_kept_unless_forced(
     ("words", "code", "fact"),
     [
         (("--plot", "p.gif"), 2, "a plot is no .gif"),
-        (("--keep-float", "node_liner"), 2, "no quantized node matches 'node_liner'"),
+        (("--keep-float", "node_liner"), 2, "no quantized node or module matches 'node_liner'"),
         (("--plot", "/proc/p.png"), 2, "/proc/p.png cannot be written"),
     ],
 )

@@ -116,3 +116,10 @@ def test_the_tolerance_is_a_gate(teacher: Artifact, evaluation: Dataset, tmp_pat
 def test_onnx_is_not_exported_again(teacher_onnx: Artifact, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="export takes a torch model"):
         export(teacher_onnx, ExportOptions(), out=tmp_path / "m.onnx")
+
+
+def test_the_file_tells_modules_but_no_place_on_this_machine(teacher_onnx: Artifact) -> None:
+    raw = teacher_onnx.path.read_bytes()
+    assert b"layers.0" in raw
+    for word in (b"stack_trace", b".py", b"site-packages"):
+        assert word not in raw

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from deploykit import store
@@ -15,7 +14,7 @@ from deploykit.environment import has_int8_dot_product, is_arm
 from deploykit.environment import read as read_environment
 from deploykit.errors import InputError, UsageError, did_you_mean
 from deploykit.stages.quantize import gain, guard, placement, sound
-from deploykit.stages.quantize.graph import Graph
+from deploykit.stages.quantize.graph import Graph, matches
 from deploykit.stages.quantize.lab import Lab, Point, Promise, Talk, pareto
 from deploykit.stages.quantize.methods import EXACT, Method
 from deploykit.stages.quantize.options import QuantizeOptions
@@ -183,7 +182,7 @@ def _why(
     """Why nodes of the operators that were tried are in float all the same."""
     tried = {name for variant in candidates.values() for name in variant.nodes}
     named = placement.chosen(graph, SCOPES["all"]) if options.keep_float else ()
-    left = {name for name in named if any(fnmatchcase(name, p) for p in options.keep_float)}
+    left = {n for n in named if any(matches(graph.nodes[n], p) for p in options.keep_float)}
     back = dict.fromkeys(tried - set(written.nodes), "in float by measurement")
     return back | dict.fromkeys(left, "left out by request")
 

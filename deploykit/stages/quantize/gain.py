@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from deploykit.errors import AnswerIsNo, InputError, UsageError, did_you_mean
 from deploykit.stages.quantize.clock import times, times_of_float
-from deploykit.stages.quantize.graph import multiply_accumulates
+from deploykit.stages.quantize.graph import modules, multiply_accumulates
 from deploykit.stages.quantize.lab import Lab, Point
 from deploykit.stages.quantize.search import PROBED
 from deploykit.values import Artifact, Json
@@ -55,6 +55,7 @@ def rows(lab: Lab, found: Json) -> list[Json]:
         {
             "node": row.node,
             "operator": lab.shop.graph.nodes[row.node].op_type,
+            "modules": list(modules(lab.shop.graph.nodes[row.node])),
             "sqnr_db": round(row.sqnr_db, 2),
             "cosine": round(row.cosine, 6),
             "multiply_accumulates": macs[row.node],
@@ -91,13 +92,14 @@ def keep_float(facts: Json, patterns: Sequence[str]) -> Json:
     """
     whole, damage = facts["search"]["probe"], facts["search"]["damage"]
     for pattern in patterns:
-        if not any(fnmatchcase(row["node"], pattern) for row in damage):
-            names = [row["node"] for row in damage]
+        if not any(_matches(row, pattern) for row in damage):
+            names = [name for row in damage for name in (row["node"], *row["modules"])]
             raise UsageError(
-                f"no quantized node matches {pattern!r}", hint=did_you_mean(pattern, names)
+                f"no quantized node or module matches {pattern!r}",
+                hint=did_you_mean(pattern, names),
             )
     left = {node["node"] for node in facts["float_nodes"]}
-    named = [row for row in damage if any(fnmatchcase(row["node"], p) for p in patterns)]
+    named = [row for row in damage if any(_matches(row, p) for p in patterns)]
     back = [row for row in named if row["node"] not in left]
     measured = [row["sqnr_db_if_float"] for row in back if row["sqnr_db_if_float"] is not None]
     return {
@@ -112,6 +114,10 @@ def keep_float(facts: Json, patterns: Sequence[str]) -> Json:
         "extra_us": _extra(back),
         "int8_us": whole["int8_us_in_all"],
     }
+
+
+def _matches(row: Json, pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in (row["node"], *row["modules"]))
 
 
 def _extra(back: Sequence[Json]) -> float | None:

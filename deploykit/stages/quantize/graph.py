@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,9 @@ from deploykit.values import Array
 
 if TYPE_CHECKING:
     import onnx
+
+SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+"""Where torch's exporter tells the modules of a node."""
 
 
 @dataclass
@@ -96,6 +101,24 @@ class Graph:
         readers = self.consumers.get(name, [])
         free = name not in self.outputs and name not in self.captured
         return readers[0] if free and len(readers) == 1 else None
+
+
+def modules(node: onnx.NodeProto) -> tuple[str, ...]:
+    """The PyTorch modules that a node was exported from, outermost first; () where none is told.
+
+    As torch's exporter writes them. A convolution with a folded batch norm has the latter's.
+    """
+    told = next((p.value for p in node.metadata_props if p.key == SCOPES_KEY), "")
+    try:
+        scopes = ast.literal_eval(told) if told else []
+    except (ValueError, SyntaxError):
+        return ()
+    return tuple(str(scope) for scope in scopes[:-1] if scope)
+
+
+def matches(node: onnx.NodeProto, pattern: str) -> bool:
+    """Whether a pattern is for a node: for its name, or for a module that it is in."""
+    return any(fnmatchcase(name, pattern) for name in (node.name, *modules(node)))
 
 
 def subgraph_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:

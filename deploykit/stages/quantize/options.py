@@ -38,12 +38,12 @@ class QuantizeOptions(Value):
         default=(), description="operator types to quantize, in place of a scope"
     )
     nodes_to_quantize: tuple[str, ...] = Field(
-        default=(), description="patterns of node names to quantize; by default all in scope"
+        default=(), description="patterns of nodes or modules to quantize; by default all in scope"
     )
     keep_float: tuple[str, ...] = Field(
         default=(),
         validation_alias=AliasChoices("keep_float", "nodes_to_exclude"),
-        description="patterns of node names to leave in float",
+        description="patterns of nodes or modules to leave in float",
     )
     calibration_method: Method | Literal["auto"] = Field(
         default="auto",

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from deploykit.errors import UsageError, did_you_mean
 from deploykit.stages.quantize import blocks, tables
-from deploykit.stages.quantize.graph import Graph, channel_axis, groups_of
+from deploykit.stages.quantize.graph import Graph, channel_axis, groups_of, matches, modules
 from deploykit.stages.quantize.presets import COMPUTE, TABLES, Preset
 
 if TYPE_CHECKING:
@@ -65,19 +64,23 @@ def chosen(
 ) -> tuple[str, ...]:
     """Names of the nodes of these types that the patterns take in and do not leave out.
 
+    A pattern is for names of nodes and of the modules they are in.
+
     Raises UsageError: a pattern matches no node.
     """
     for pattern in (*include, *exclude):
-        if not any(fnmatchcase(name, pattern) for name in graph.nodes):
+        if not any(matches(node, pattern) for node in graph.nodes.values()):
+            known = {m: None for node in graph.nodes.values() for m in modules(node)}
             raise UsageError(
-                f"no node matches {pattern!r}", hint=did_you_mean(pattern, graph.nodes)
+                f"no node or module matches {pattern!r}",
+                hint=did_you_mean(pattern, [*graph.nodes, *known]),
             )
     return tuple(
         name
         for name, node in graph.nodes.items()
         if node.op_type in op_types
-        and (not include or any(fnmatchcase(name, p) for p in include))
-        and not any(fnmatchcase(name, p) for p in exclude)
+        and (not include or any(matches(node, p) for p in include))
+        and not any(matches(node, p) for p in exclude)
     )
 
 

@@ -75,6 +75,23 @@ def test_of_several_nodes_the_best_is_told_and_not_as_measured(told: Artifact) -
     assert gain["extra_us"] == pytest.approx(sum(r["float_us"] - r["int8_us"] for r in named))
 
 
+def test_a_module_stands_for_its_nodes(
+    told: Artifact, teacher_onnx: Artifact, calibration: Dataset, tmp_path: Path
+) -> None:
+    gain = keep_float(told.facts, ["layers.4"])
+    assert len(gain["nodes"]) == 2
+    options = PROBING.model_copy(update={"keep_float": ("layers.4",), "node_damage": False})
+    made = quantize(teacher_onnx, options, data=calibration, out=tmp_path / "q.onnx")
+    left = {n for n, why in float_names(made.facts).items() if why == "left out by request"}
+    assert left >= set(gain["nodes"])
+    assert made.facts["compute_nodes_quantized"] == 12
+    with refused(UsageError, "no node or module matches 'layer.4'", hint="did you mean 'layers.4'"):
+        quantize(
+            teacher_onnx, PROBING.model_copy(update={"keep_float": ("layer.4",)}),
+            data=calibration, out=tmp_path / "p.onnx",
+        )  # fmt: skip
+
+
 def test_a_time_that_is_not_known_is_not_guessed(told: Artifact) -> None:
     facts: Json = {**told.facts, "search": {**told.facts["search"]}}
     rows = [{**row, "float_us": None} for row in facts["search"]["damage"][:1]]
@@ -99,7 +116,9 @@ def test_a_node_in_float_by_measurement_gains_nothing(tmp_path: Path) -> None:
 def test_a_pattern_for_no_node_and_a_record_without_damage(
     told: Artifact, teacher_int8: Artifact
 ) -> None:
-    with refused(UsageError, "no quantized node matches 'node_liner'", hint="'node_linear'"):
+    with refused(
+        UsageError, "no quantized node or module matches 'node_liner'", hint="'node_linear'"
+    ):
         keep_float(told.facts, ["node_linear", "node_liner"])
     assert probed(told) == told.facts
     for artifact in (teacher_int8, teacher_int8.model_copy(update={"history": ()})):

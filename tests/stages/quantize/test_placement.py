@@ -282,7 +282,7 @@ def test_patterns_take_in_and_leave_out() -> None:
     assert chosen(graph, ("Conv",)) == ("stem", "body", "tail")
     assert chosen(graph, ("Conv",), include=("[sb]*",)) == ("stem", "body")
     assert chosen(graph, ("Conv", "Add"), exclude=("s*", "tail")) == ("body", "add")
-    with pytest.raises(UsageError, match="no node matches 'bodi'") as caught:
+    with pytest.raises(UsageError, match="no node or module matches 'bodi'") as caught:
         chosen(graph, ("Conv",), exclude=("bodi",))
     assert "body" in caught.value.hint
 

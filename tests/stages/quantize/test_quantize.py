@@ -163,7 +163,7 @@ def test_an_unknown_pattern_or_operator_is_told_what_was_meant(
     teacher_onnx: Artifact, calibration: Dataset, tmp_path: Path
 ) -> None:
     out = tmp_path / "m.onnx"
-    with pytest.raises(UsageError, match="no node matches"):
+    with pytest.raises(UsageError, match="no node or module matches"):
         quantize(
             teacher_onnx, QuantizeOptions(nodes_to_exclude=("conv9",)), data=calibration, out=out
         )
