@@ -129,7 +129,7 @@ def test_inputs_that_do_not_go_together_are_rounded_to_nearest() -> None:
 
 def test_errors_are_handed_on_from_block_to_block(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, x = layer(CASES["gemm"])
-    found = []
+    found: list[Array] = []
     for size in (1000, 5):
         monkeypatch.setattr(rounding, "BLOCK", size)
         found += adaptive(graph, scales(graph, INT4), INT4, in_memory(x=x)).values()
