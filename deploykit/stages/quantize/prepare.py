@@ -135,7 +135,10 @@ def _rename(model: onnx.ModelProto, known: set[str]) -> None:
 
     When it loads a model it names what its fusions add without a look at what is there.
     """
-    new = {name: f"{name}_folded" for name in _names(model) - known if name}
+    added, end = {name for name in _names(model) - known if name}, "_folded"
+    while any(name + end in known for name in added):
+        end += "_"
+    new = {name: name + end for name in added}
     nodes = list(model.graph.node)
     inner = [one for node in nodes for one in subgraph_nodes(node)]
     for node in [*nodes, *inner]:

@@ -133,6 +133,7 @@ def test_a_bias_that_is_shared_is_corrected_for_each() -> None:
         "(float[N,6] x) => (float[N,5] y) { h = MatMul(x, w) y = Relu(h) }",
         "(float[N,6] x) => (float[N,5] y, float[N,5] h) { h = MatMul(x, w) y = Add(h, b) }",
         "(float[N,6] x) => (float[N,5] y) { h = MatMul(x, w) a = Abs(h) y = Add(h, a) }",
+        "(float[N,6] x) => (float[N,5] y) { h = MatMul(x, w) y = Mul(h, b) }",
         "(float[N,6] x) => (float[N,5] y) { c = ReduceMean<axes=[1]>(x) y = Gemm(x, w, c) }",
         "(float[N,6] x) => (float[N,5] y) { y = Gemm<beta=0.0>(x, w) }",
     ],

@@ -117,7 +117,7 @@ CASES = {
         "y = Conv(r, v) }",
         {"w": (4, 2, 1, 1, 1), "b": (4,), "v": (3, 4, 1, 1, 1)}, (2, 4, 4, 4),
     ),
-    "clip_lets_no_scale_through": Case(
+    "sigmoid_lets_no_scale_through": Case(
         f"{IMAGE} {{ h = {CONV}(x, w, b) r = Sigmoid(h) y = {CONV}(r, v, c) }}",
         cross=False, smooth=False,
     ),
@@ -157,6 +157,11 @@ CASES = {
     "matmul_reads_an_output": Case(
         "(float[N,6] x) => (float[N,5] y, float[N,4] r) { h = MatMul(x, w) r = Relu(h) "
         "y = MatMul(r, v) }",
+        DENSE, (6,), cross=False,
+    ),
+    "products_behind_anything": Case(
+        "(float[N,6] x) => (float[N,5] y, float[N,5] z) { h = MatMul(x, w) t = Tanh(h) "
+        "y = MatMul(t, v) s = Relu(y) z = Gemm(t, v, s) }",
         DENSE, (6,), cross=False,
     ),
     "matmul_behind_anything": dense("h = MatMul(x, w) t = Tanh(h) y = MatMul(t, v)", cross=False),
@@ -317,6 +322,17 @@ def test_channels_of_zeros_do_no_harm(dead: str) -> None:
             same_function(graph, after, x)
             assert all(np.isfinite(a).all() for a in inputs_of(after, "h") + inputs_of(after, "y"))
     assert (cross_layer(graph) is None) == (dead == "all")
+
+
+def test_a_dead_channel_gets_the_middle_scale() -> None:
+    """Its bias would grow with a smaller one, and the range of all channels with it."""
+    w = normal(*W)
+    w[1] = 0
+    graph = graph_of(CASES["relu"].text, w=w, b=normal(4), v=normal(*V), c=normal(5))
+    after = cross_layer(graph)
+    assert after
+    scale = normal(4) / inputs_of(after, "h")[1]
+    assert scale[1] == pytest.approx(np.exp(np.log(scale[[0, 2, 3]]).mean()), rel=1e-4)
 
 
 def test_no_scale_is_far_from_the_others() -> None:

@@ -9,7 +9,7 @@ import pytest
 from deploykit.backends import open_session
 from deploykit.evaluation import collect
 from deploykit.stages.quantize import QuantizeOptions, quantize
-from deploykit.stages.quantize.prepare import OPSET, prepare
+from deploykit.stages.quantize.prepare import OPSET, _rename, prepare
 from deploykit.values import Array
 from tests.stages.quantize.test_graph import CONV, normal, parsed, stored
 from tests.stages.quantize.test_qdq import follow
@@ -153,6 +153,28 @@ def test_names_that_folding_adds_do_not_clash_when_more_is_folded(tmp_path: Path
     int8 = quantize(source, options, data=data, out=tmp_path / "q.onnx")
     assert int8.facts["compute_nodes_quantized"] == 2
     assert follow(source, int8, data, "ort-cpu") > 20
+
+
+def test_a_branch_reads_what_folding_has_added_by_its_new_name() -> None:
+    model = parsed(
+        """(float[2] x, bool c) => (float[2] y) {
+            added = Relu(x)
+            z = Add(added, w)
+            y = If(c) <
+                then_branch = t () => (float[2] p) { p = Abs(added) },
+                else_branch = e () => (float[2] q) { q = Mul(z, w) }
+            >
+        }""",
+        w=normal(2),
+        added_folded=normal(2),
+    )
+    _rename(model, {"x", "c", "y", "w", "z", "added_folded"})
+    assert (
+        len({t.name for t in model.graph.initializer} | {n.output[0] for n in model.graph.node})
+        == 5
+    )
+    onnx.checker.check_model(model, full_check=True)
+    assert "added" not in {name for node in model.graph.node for name in node.output}
 
 
 @pytest.mark.parametrize("label", ["", "[n] "])

@@ -127,6 +127,15 @@ def test_inputs_that_do_not_go_together_are_rounded_to_nearest() -> None:
     np.testing.assert_array_equal(integers, nearest)
 
 
+def test_errors_are_handed_on_from_block_to_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, x = layer(CASES["gemm"])
+    found: list[Array] = []
+    for size in (1000, 5):
+        monkeypatch.setattr(rounding, "BLOCK", size)
+        found += adaptive(graph, scales(graph, INT4), INT4, in_memory(x=x)).values()
+    assert (found[0] == found[1]).mean() > 0.97  # but for what lies at the middle of two levels
+
+
 def test_two_inputs_that_are_equal_share_their_error() -> None:
     """0.4 + 0.4 steps are 1 step in all, where rounding to nearest makes 0 of it."""
     w = np.array([[7.0, 0.4, 0.4]], np.float32)

@@ -269,6 +269,7 @@ def test_an_equalized_graph_has_a_calibration_of_its_own(tmp_path: Path) -> None
     assert shop.equalized("cross_layer_equalization") is other
     assert shop.corrected(Variant((), "minmax", corrections=("bias_correction",))) is shop
     assert shop.corrected(Variant((), "minmax", corrections=("cross_layer_equalization",))) is other
+    assert other.rounded is not shop.rounded
     assert shop.seen["r"].high > 3 * other.seen["r"].high
     both = shop.corrected(Variant((), "minmax", corrections=CORRECTIONS))
     assert both is other.equalized("smooth_quant")
