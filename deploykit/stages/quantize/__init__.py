@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -136,9 +137,11 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
     warnings = guard.check_enough(shop.seen, rest) + guard.compared(order.data, evaluated)
     candidates = _candidates(shop.graph, options, chooses=held is not None)
     found: Json = {}
-    known: dict[str, str] = {}
     if held is None:
         ((name, variant),) = candidates.items()
+        variant, broken = sound.checked(shop, variant, order.data, out)
+        if judged:
+            warnings += [f"{len(rest)} samples are too few to choose on: {name} was not measured"]
     else:
         runtime, simulated, elsewhere = _runtime(options)
         warnings += elsewhere
@@ -149,13 +152,13 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
         if options.node_damage and not lab.damages:
             damage(lab, variant)
         probed = gain.probe(lab, point) if options.node_damage else {}
-        found, known = {"search": _found(lab, point, probed)}, lab.broken
-    written, broken = sound.checked(shop, variant, order.data, out)
+        found, broken = {"search": _found(lab, point, probed)}, lab.broken
+        shutil.copyfile(point.artifact.path, out)  # what was judged, not made again
     return {
-        **shop.facts(written, _why(shop.graph, options, candidates, written) | known | broken),
+        **shop.facts(variant, _why(shop.graph, options, candidates, variant) | broken),
         "candidate": name,
         "warnings": warnings,
-        "op_types": sorted({shop.graph.nodes[n].op_type for n in written.nodes}),
+        "op_types": sorted({shop.graph.nodes[n].op_type for n in variant.nodes}),
         **found,
     }
 

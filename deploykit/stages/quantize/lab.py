@@ -214,14 +214,16 @@ class Lab:
         """Write and run a candidate, without the nodes that break it; None if it stays broken."""
         artifact = self.shop.write(variant, self.folder / f"{name}.onnx")
         sqnr = self._follow_if_sound(artifact)
-        if math.isnan(sqnr):
+        if not math.isfinite(sqnr):
             try:
-                variant, broken = sound.checked(self.shop, variant, self.held, artifact.path)
+                variant, broken = sound.checked(
+                    self.shop, variant, self.held, artifact.path, self._open
+                )
             except StageError:
                 return None
             self.broken |= broken
             sqnr = self._follow_if_sound(artifact)
-            if math.isnan(sqnr):
+            if not math.isfinite(sqnr):
                 return None
         point = Point(name, variant, artifact, sqnr)
         self.points.append(point)

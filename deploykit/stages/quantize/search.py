@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from deploykit.errors import AnswerIsNo
+from deploykit.errors import AnswerIsNo, InputError
 from deploykit.stages.quantize import clock
 from deploykit.stages.quantize.graph import multiply_accumulates
 from deploykit.stages.quantize.lab import Damage, Lab, Point, pareto
@@ -223,9 +223,9 @@ def damage(lab: Lab, variant: Variant) -> list[Damage]:
         alone = replace(variant, nodes=(node,))
         try:
             artifact = lab.shop.write(alone, lab.folder / "alone.onnx", bare=True)
-        except AnswerIsNo:
+            like = lab.follow(artifact, few)
+        except (AnswerIsNo, InputError):  # it does not compute, or the runtime does not take it
             continue
-        like = lab.follow(artifact, few)
         found.append(Damage(node, like.sqnr_db, macs[node] or least, like.cosine))
     lab.damages = sorted(found, key=lambda row: row.sqnr_db)
     return found

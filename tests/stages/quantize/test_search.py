@@ -541,8 +541,13 @@ def test_infinite_outputs_are_a_fault_too(tmp_path: Path, monkeypatch: pytest.Mo
     source, data = chain(tmp_path)
 
     class FakeSession:
+        """A session whose output is infinite for the last sample."""
+
         def __init__(self, artifact: Artifact, name: str) -> None:
+            self.real = open_session(artifact, name)
+            self.inputs, self.outputs = self.real.inputs, self.real.outputs
             self.bad = "two" in integer_nodes(artifact)
+            self.calls = 0
 
         def __enter__(self) -> Self:
             return self
@@ -551,7 +556,9 @@ def test_infinite_outputs_are_a_fault_too(tmp_path: Path, monkeypatch: pytest.Mo
             pass
 
         def run(self, feed: Feed) -> dict[str, Array]:
-            return {"y": np.array([np.inf if self.bad else 1], np.float32), "k": np.array([1])}
+            self.calls += 1
+            factor = np.inf if self.bad and self.calls == 12 else 1
+            return {"y": self.real.run(feed)["y"] * np.float32(factor)}
 
     monkeypatch.setattr(sound, "open_session", FakeSession)
     made = quantize(source, FIXED, data=data, out=tmp_path / "q.onnx")
@@ -588,6 +595,21 @@ def test_a_node_that_breaks_the_model_is_left_out_of_a_search_too(
     made = quantize(source, options, data=data, out=tmp_path / "q.onnx")
     assert integer_nodes(made) == {"one", "three"}
     assert "does not load" in float_names(made.facts)["two"]
+
+
+def test_what_was_judged_is_what_is_written(tmp_path: Path) -> None:
+    source, data = chain(tmp_path)
+    made = quantize(source, QuantizeOptions(), data=data, out=tmp_path / "q.onnx")
+    chosen = made.facts["search"]["chosen"]
+    assert chosen["size_bytes"] == made.path.stat().st_size
+    assert chosen["name"] == made.facts["candidate"]
+
+
+def test_with_too_few_samples_it_says_that_nothing_was_chosen(tmp_path: Path) -> None:
+    source, data = chain(tmp_path)
+    made = quantize(source, QuantizeOptions(), data=data.first(6), out=tmp_path / "q.onnx")
+    assert any("6 samples are too few to choose on" in w for w in made.facts["warnings"])
+    assert "search" not in made.facts
 
 
 # the account
