@@ -62,13 +62,20 @@ def evaluate(
     Raises InputError: the data does not fit, lacks labels, or the metric fails.
     """
     outputs, targets = collect(session, data, batch_size=batch_size, progress=progress)
+    return score(outputs, targets, metric, reference=reference)
+
+
+def score(
+    outputs: Outputs, targets: Array | None, metric: str, *, reference: Outputs | None = None
+) -> Score:
+    """Score outputs as `evaluate` does. Raises InputError: labels are missing, the metric fails."""
     if ":" not in metric:
         return metrics.score(metric, outputs, targets, reference)
     value = _call(metric, outputs, targets, reference)
     return Score(
         metric=Path(split_reference(metric)[0]).name + ":" + split_reference(metric)[1],
         score=Interval(value=value, low=float("nan"), high=float("nan")),
-        samples=len(data),
+        samples=len(next(iter(outputs.values()))),
     )
 
 

@@ -16,10 +16,11 @@ from deploykit.environment import read as read_environment
 from deploykit.errors import InputError, UsageError, did_you_mean
 from deploykit.stages.quantize import gain, guard, placement, sound
 from deploykit.stages.quantize.graph import Graph, matches
-from deploykit.stages.quantize.lab import Lab, Point, Promise, Talk, pareto
+from deploykit.stages.quantize.lab import Lab, Point, Talk, pareto
 from deploykit.stages.quantize.methods import EXACT, Method
 from deploykit.stages.quantize.options import QuantizeOptions
 from deploykit.stages.quantize.presets import OPSETS, SCOPES, Preset, preset
+from deploykit.stages.quantize.promise import Promise
 from deploykit.stages.quantize.search import damage, search
 from deploykit.stages.quantize.workshop import Variant, Workshop
 from deploykit.store import Job, Made

@@ -14,12 +14,12 @@ from deploykit.backends import open_session
 from deploykit.dataset import Dataset, padded
 from deploykit.environment import read as read_environment
 from deploykit.errors import InputError, StageError
-from deploykit.evaluation import Outputs, collect, evaluate, metric_identity
-from deploykit.metrics import METRICS, cosine, drop, least_drop
+from deploykit.evaluation import collect
+from deploykit.metrics import cosine, drop, least_drop
 from deploykit.session import Session
 from deploykit.stages.quantize import sound
+from deploykit.stages.quantize.promise import CONFIDENCE, Look, Promise, looks
 from deploykit.stages.quantize.workshop import Variant, Workshop
-from deploykit.store import digest_of
 from deploykit.values import (
     Array,
     Artifact,
@@ -34,34 +34,8 @@ from deploykit.values import (
 ROUNDS, SECONDS = (21, 500), 1.0
 """Fewest and most interleaved timings of each candidate, and how long they may take together."""
 
-EVERY, FEWEST_LOOKED_AT = 8, 64
-"""A candidate is scored on every 8th sample first, where those are so many."""
-CONFIDENCE = 0.999
-"""With which a first look must say that a promise is broken for the other samples to be spared."""
-
 Talk = Callable[[str, int, int], None]
 """Told what goes on, how many parts are done, and of how many."""
-
-
-@dataclass(frozen=True)
-class Promise:
-    """How much of a score may be lost, and on which data that is checked."""
-
-    data: Dataset
-    metric: str
-    max_drop: float
-    relative: bool = False
-    """`max_drop` is a share of the float model's score, not units of the metric."""
-
-    @property
-    def digest(self) -> str:
-        """Of everything that decides whether it is kept."""
-        terms = [self.data.digest, metric_identity(self.metric), self.max_drop, self.relative]
-        return digest_of({"terms": terms})
-
-    def limit(self, reference: Score) -> float:
-        """The drop allowed, in units of the metric."""
-        return self.max_drop * abs(reference.score.value) if self.relative else self.max_drop
 
 
 @dataclass(frozen=True)
@@ -122,31 +96,6 @@ class Damage:
         return float(10 ** (-self.sqnr_db / 10))
 
 
-@dataclass(frozen=True)
-class _Look:
-    """Data to score on, and what the float model does on it."""
-
-    data: Dataset
-    outputs: Outputs
-    score: Score
-
-    @classmethod
-    def of(cls, session: Session, data: Dataset, metric: str) -> _Look:
-        outputs, _ = collect(session, data, batch_size=1)
-        score = evaluate(session, data, metric, reference=outputs, batch_size=1)
-        return cls(data, outputs, score)
-
-    def at(self, session: Session, metric: str) -> Score:
-        return evaluate(session, self.data, metric, reference=self.outputs, batch_size=1)
-
-
-def _looked_at(promise: Promise) -> list[Dataset]:
-    """The evaluation data, and before it a part, if that can be enough to say no."""
-    part = promise.data.split(EVERY)[1]
-    enough = promise.metric in METRICS and len(part) >= FEWEST_LOOKED_AT
-    return [part, promise.data] if enough else [promise.data]
-
-
 @dataclass
 class Lab:
     """Where candidates of one model are written, run, timed and scored."""
@@ -160,7 +109,7 @@ class Lab:
     simulate: bool = False
     """Judge by simulation: the integers of the target are not those of this machine."""
     points: list[Point] = field(default_factory=list)
-    looks: list[_Look] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)
     float_score: Score | None = None
     broken: dict[str, str] = field(default_factory=dict)
     """Nodes that break the model when quantized, with the reason."""
@@ -172,9 +121,7 @@ class Lab:
         with self._open(self.shop.source) as session:
             self.reference, _ = collect(session, self.held, batch_size=1)
             if self.promise:
-                self.looks = [
-                    _Look.of(session, d, self.promise.metric) for d in _looked_at(self.promise)
-                ]
+                self.looks = looks(session, self.promise)
                 self.float_score = self.looks[-1].score
 
     def _open(self, artifact: Artifact, threads: int | None = None) -> Session:
@@ -265,15 +212,15 @@ class Lab:
         *early, last = self.looks
         with self._open(point.artifact) as session:
             for look in early:
-                score = look.at(session, self.promise.metric)
-                if least_drop(look.score, score, confidence=CONFIDENCE) > limit:
-                    return self._judged(point, look, score)
+                have = look.at(session, self.promise.metric)
+                if least_drop(look.score, have, confidence=CONFIDENCE) > limit:
+                    return self._judged(point, look, have)
             return self._judged(point, last, last.at(session, self.promise.metric))
 
-    def _judged(self, point: Point, look: _Look, score: Score) -> Point:
-        lost = drop(look.score, score)
+    def _judged(self, point: Point, look: Look, have: Score) -> Point:
+        lost = drop(look.score, have)
         return self.know(
-            replace(point, score=score.score.value, drop=lost, scored_samples=score.samples)
+            replace(point, score=have.score.value, drop=lost, scored_samples=have.samples)
         )
 
     def keeps(self, point: Point) -> bool:
