@@ -65,7 +65,8 @@ class Dataset:
         return replace(self, samples=count, digest=digest)
 
     def split(self, step: int) -> tuple[Dataset, Dataset]:
-        """Every `step`-th sample apart: the others, and those. Both read the data as it lies."""
+        """One of every `step` samples in turn apart: the others, and those (see `picked`)."""
+        apart = picked(self.samples, step)
 
         def part(name: str, picks: Callable[[Array], Array]) -> Dataset:
             def chunks() -> Iterator[Chunk]:
@@ -73,17 +74,19 @@ class Dataset:
                 for chunk in self.chunks():
                     numbers = np.arange(start, start + len(next(iter(chunk.values()))))
                     start = int(numbers[-1]) + 1
-                    rows = picks(numbers) & (numbers < self.samples)
+                    known = numbers[numbers < self.samples]
+                    rows = np.zeros(len(numbers), bool)
+                    rows[: len(known)] = picks(apart[known])
                     if rows.any():
                         yield {key: array[rows] for key, array in chunk.items()}
 
-            digest = hashlib.sha256(f"{self.digest}[{name} of {step}]".encode()).hexdigest()
-            count = int(picks(np.arange(self.samples)).sum())
+            digest = hashlib.sha256(f"{self.digest}[{name} in {step}]".encode()).hexdigest()
+            count = int(picks(apart).sum())
             return replace(self, samples=count, digest=digest, chunks=chunks)
 
         return (
-            part("rest", lambda n: n % step != step - 1),
-            part("each last", lambda n: n % step == step - 1),
+            part("rest", np.logical_not),
+            part("one", np.asarray),
         )
 
     def matching(self, inputs: tuple[TensorSpec, ...]) -> Dataset:
@@ -145,6 +148,18 @@ class Dataset:
 def padded(array: Array, size: int) -> Array:
     """Repeat the last sample until there are `size`, for a model of fixed batch."""
     return np.concatenate([array, np.repeat(array[-1:], size - len(array), 0)])
+
+
+def picked(samples: int, step: int) -> Array:
+    """Which samples are set apart: one of every `step` in turn, which one by chance (seeded).
+
+    Spread over the data as it lies, and free of whatever period it has.
+    """
+    blocks = samples // step
+    chance = np.random.default_rng(0).integers(0, step, blocks)
+    apart = np.zeros(samples, bool)
+    apart[np.arange(blocks) * step + chance] = True
+    return apart
 
 
 def open_dataset(reference: str | Path) -> Dataset:

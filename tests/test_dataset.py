@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from deploykit import _npz
-from deploykit.dataset import Dataset, open_dataset
+from deploykit.dataset import Dataset, open_dataset, picked
 from deploykit.errors import InputError
 from deploykit.preprocessing import normalize, read_image, read_preprocessing
 from deploykit.values import Array, TensorSpec
@@ -563,3 +563,10 @@ def test_a_split_takes_each_sample_once(tmp_path: Path) -> None:
     assert sorted(numbers[1] + numbers[2]) == numbers[0]
     assert (len(rest), len(held)) == (8, 2)
     assert len({data.digest, rest.digest, held.digest}) == 3
+
+
+def test_a_part_has_no_period_and_is_the_same_each_time() -> None:
+    apart = np.flatnonzero(picked(8003, 8))
+    assert np.array_equal(apart // 8, np.arange(1000))
+    assert np.bincount(apart % 8).min() > 80
+    assert np.array_equal(apart, np.flatnonzero(picked(8003, 8)))

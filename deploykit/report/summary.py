@@ -11,7 +11,7 @@ from deploykit import _files, store
 from deploykit.environment import Environment
 from deploykit.measure import BenchResult, statistics
 from deploykit.report import html
-from deploykit.values import Artifact, Gate, Interval, Measurement, Score, Value, Verdict
+from deploykit.values import Artifact, Gate, Interval, Json, Measurement, Score, Value, Verdict
 
 
 class Row(Value):
@@ -174,14 +174,22 @@ def describe(artifact: Artifact) -> str:
         if key in facts:
             told.append(text.format(facts[key]))
     if found := facts.get("search"):
-        ratio = found["chosen"]["time_ratio"]
-        told.append(f"{facts['candidate']}, {1 / ratio:.2f}x the float model on {found['runtime']}")
-        if ratio >= 1:
-            told.append("NOT FASTER than the float model")
+        told += _choice(facts["candidate"], found, facts["preset"]["name"])
     told += [f"warning: {warning}" for warning in facts.get("warnings", ())]
     if huge := facts.get("huge_ranges"):
         told.append(f"{len(huge)} tensors with huge ranges ({huge[0]!r}): few levels are left")
     return ", ".join(told)
+
+
+def _choice(name: str, found: Json, preset: str) -> list[str]:
+    """What was chosen, how near to the float model it is, and how fast where it will run."""
+    near = f"{found['chosen']['sqnr_db']:.0f} dB to the float model"
+    told = [name, f"{near} on {found['held_back_samples']} samples"]
+    if not preset.startswith(found["runtime"]):
+        return told  # its time is another runtime's
+    ratio = found["chosen"]["time_ratio"]
+    told.append(f"{1 / ratio:.2f}x as fast on {found['runtime']}")
+    return [*told, "NOT FASTER than the float model"] if ratio >= 1 else told
 
 
 def _ships(row: Row, summary: RunSummary) -> bool:

@@ -33,6 +33,8 @@ HELD_SHARE, HELD_AT_MOST = 4, 32
 """One sample in four or more is held back from calibration to choose on."""
 FEWEST = 8
 """Samples below which nothing is chosen."""
+FAITHFUL_DB = 20.0
+"""Below this (noise a tenth of the signal's amplitude) a result without a promise is warned of."""
 COMMON: Method = "minmax"
 """The method where there is too little data to choose one."""
 
@@ -85,7 +87,6 @@ def quantize(  # noqa: PLR0913 - what goes in, what comes out, how, and who list
             outputs=source.outputs,
             facts={
                 **facts,
-                "calibration_samples": len(bound),
                 "calibration_data": Path(bound.reference).name,
             },
             preprocessing=bound.preprocessing,
@@ -150,6 +151,9 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
         chosen = options.chooses or order.promise
         point = search(lab, candidates, options.tried_corrections if chosen else ())
         name, variant = point.name, point.variant
+        if not order.promise and point.sqnr_db < FAITHFUL_DB:
+            near = f"the outputs follow the float model's at {point.sqnr_db:.0f} dB only"
+            warnings += [f"{near}: judge them by --max-drop on evaluation data"]
         if options.node_damage and not lab.damages:
             damage(lab, variant)
         probed = gain.probe(lab, point) if options.node_damage else {}
@@ -158,6 +162,7 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
     return {
         **shop.facts(variant, _why(shop.graph, options, candidates, variant) | broken),
         "candidate": name,
+        "calibration_samples": len(rest),
         "warnings": warnings,
         "op_types": sorted({shop.graph.nodes[n].op_type for n in variant.nodes}),
         **found,

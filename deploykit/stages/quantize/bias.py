@@ -21,7 +21,7 @@ def bias_corrected(
     """A graph whose biases make up for the errors of the weights: E[y] += -error @ E[x], by node.
 
     Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction",
-    equation 14, with E[x] as seen on data; that padding brings zeros in at the border is left out
+    section 4.2, with E[x] as seen on data; that padding brings zeros in at the border is left out
     of account. None where no bias can take it.
     """
     values: dict[tuple[str, int], Array] = {}

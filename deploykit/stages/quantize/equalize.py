@@ -45,7 +45,7 @@ def cross_layer(graph: Graph) -> Graph | None:
     """Give the two layers on each side of an activation equal ranges of weights.
 
     s = sqrt(r1 / r2), of the largest weights that make and that read a channel: Nagel et al. 2019,
-    "Data-Free Quantization Through Weight Equalization and Bias Correction", equation 11. None
+    "Data-Free Quantization Through Weight Equalization and Bias Correction", section 4.1. None
     where no two layers are joined by a function that lets a scale through.
     """
     edit = _Edit(graph)

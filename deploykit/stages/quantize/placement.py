@@ -96,10 +96,10 @@ def plan(
     for name in names:
         if unfit(graph, name, barred, preset) is not None:
             continue
-        if preset.activation is None:
-            made.nodes[name] = "integer"
-        elif graph.nodes[name].op_type in TABLES:
+        if graph.nodes[name].op_type in TABLES:
             made.nodes[name] = "table"
+        elif preset.activation is None:
+            made.nodes[name] = "integer"
         else:
             _take(graph, graph.nodes[name], preset, made)
     if preset.outputs:
@@ -110,12 +110,10 @@ def plan(
 def unfit(graph: Graph, name: str, barred: Collection[str], preset: Preset) -> str | None:
     """Why a node cannot be quantized, or None."""
     node = graph.nodes[name]
+    if node.op_type in TABLES:
+        return tables.unfit(graph, node) if preset.tables else "integer tables are for CPUs"
     if preset.activation is None:
         return blocks.unfit(graph, node)
-    if node.op_type in TABLES:
-        if preset.activation != "uint8":
-            return "integer tables are for CPUs"
-        return tables.unfit(graph, node)
     return _no_integers(graph, node, barred, preset)
 
 

@@ -46,6 +46,8 @@ class Preset(Value):
     """7 where the CPU adds pairs of u8*s8 products in 16 bits, which 8 would overflow."""
     quantize_bias: bool
     """int32 bias with scale activation * weight; TensorRT's parser wants a float bias instead."""
+    tables: bool
+    """Embedding tables may be integers: on CPUs."""
     outputs: bool
     """Pairs behind the nodes too: ONNX Runtime's kernels write integers. The others fuse the bias,
     add and activation that follow into a node that reads integers."""
@@ -105,6 +107,7 @@ def preset(
         activation="uint8",
         weight_bits=8 if wide else 7,
         quantize_bias=target == "ort-cpu",
+        tables=True,
         outputs=target == "ort-cpu",
         scope="residual",
         scopes=("compute", "residual", "all") if target == "ort-cpu" else ("compute", "residual"),
@@ -120,6 +123,7 @@ def _tensorrt(precision: Literal["int8", "fp8"]) -> Preset:
         activation=precision,
         weight_bits=8,
         quantize_bias=False,
+        tables=False,
         outputs=False,
         scope="residual",
         scopes=("residual",),
@@ -135,6 +139,7 @@ def _weights_only(target: Target) -> Preset:
         activation=None,
         weight_bits=4,
         quantize_bias=False,
+        tables=target != "tensorrt",
         outputs=False,
         scope="compute",
         scopes=("compute",),

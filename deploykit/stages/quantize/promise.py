@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deploykit.dataset import Dataset
+from deploykit.dataset import Dataset, picked
 from deploykit.evaluation import Outputs, collect, evaluate, metric_identity, score
 from deploykit.metrics import METRICS
 from deploykit.session import Session
@@ -12,9 +12,10 @@ from deploykit.store import digest_of
 from deploykit.values import Score
 
 EVERY, FEWEST_LOOKED_AT = 8, 64
-"""A candidate is scored on every 8th sample first, where those are so many."""
+"""A candidate is scored on one in 8 samples first, where those are so many."""
 CONFIDENCE = 0.999
-"""With which a first look must say that a promise is broken for the other samples to be spared."""
+"""With which a first look must say that a promise is broken for the other samples to be spared;
+for each candidate by itself."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def looks(session: Session, promise: Promise) -> list[Look]:
     outputs, targets = collect(session, promise.data, batch_size=1)
     whole = score(outputs, targets, promise.metric, reference=outputs)
     found = [Look(promise.data, outputs, whole)]
-    rows = slice(EVERY - 1, None, EVERY)
+    rows = picked(len(promise.data), EVERY)
     part = promise.data.split(EVERY)[1]
     if promise.metric in METRICS and len(part) >= FEWEST_LOOKED_AT:
         some = {name: array[rows] for name, array in outputs.items()}

@@ -193,7 +193,7 @@ class _Writer:
 
     def _rewire_blocks(self, node: onnx.NodeProto) -> None:
         """Let a node read weights in blocks, and keep no Relu that would hinder it."""
-        if node.name in self.plan.nodes:
+        if self.plan.nodes.get(node.name) == "integer":
             node.input[1] = self._blocked(node)
         elif node.name in self._relus:
             node.op_type = "Max"

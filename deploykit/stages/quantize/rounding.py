@@ -1,7 +1,7 @@
 """Adaptive rounding: weights rounded up or down so that the layer's output changes least.
 
 The aim is that of AdaRound (Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training
-Quantization", equation 13): the least squared error of the output, not of the weights. It is
+Quantization", section 3): the least squared error of the output, not of the weights. It is
 reached without training, as in GPTQ (Frantar et al. 2023, algorithm 1): column by column, and what
 rounding one column costs is made good by the columns that are still free.
 """
@@ -122,10 +122,10 @@ def _moments(graph: Graph, nodes: Sequence[onnx.NodeProto], data: Dataset) -> di
 
 
 def _vectors(node: onnx.NodeProto, values: Array, shape: tuple[int, ...], count: int) -> Array:
-    """Input vectors, evenly picked: (groups, inputs of an output, at most `count`)."""
+    """Input vectors, picked by chance (seeded): (groups, inputs of an output, at most `count`)."""
     if node.op_type != "Conv":
         flat = values.reshape(-1, values.shape[-1])
-        return np.ascontiguousarray(flat[:: max(len(flat) // count, 1)].T)[None]
+        return np.ascontiguousarray(flat[_some(len(flat), count)].T)[None]
     with needs("torch"):
         import torch
 
@@ -139,8 +139,13 @@ def _vectors(node: onnx.NodeProto, values: Array, shape: tuple[int, ...], count:
         stride=tuple(given.get("strides", [1, 1])),
     ).numpy()
     flat = np.moveaxis(columns, 1, 0).reshape(columns.shape[1], -1)
-    picked = flat[:, :: max(flat.shape[1] // count, 1)]
+    picked = flat[:, _some(flat.shape[1], count)]
     return np.ascontiguousarray(picked).reshape(groups_of(node), -1, picked.shape[1])
+
+
+def _some(values: int, count: int) -> Array:
+    """At most `count` of the numbers below `values`: by chance, since images have a width."""
+    return np.sort(np.random.default_rng(0).permutation(values)[:count])
 
 
 def _rounded(rows: Array, moment: Array, levels: Levels) -> Array:

@@ -12,7 +12,7 @@ from deploykit.stages.quantize.qdq import integer_weights, weight_scales
 from deploykit.stages.quantize.rounding import adaptive
 from deploykit.values import Array
 from tests.stages.quantize.test_channels import in_memory
-from tests.stages.quantize.test_graph import graph_of, normal, outputs
+from tests.stages.quantize.test_graph import graph_of, normal, outputs, parsed
 
 INT4 = Levels(-8, 7, symmetric=True)
 """Coarse, so that rounding counts."""
@@ -214,3 +214,24 @@ def test_layers_that_do_not_fit_together_are_done_in_turn(monkeypatch: pytest.Mo
     assert list(have) == list(want) == list(graph.nodes)
     for name, integers in have.items():
         np.testing.assert_array_equal(integers, want[name])
+
+
+def test_vectors_are_not_all_of_one_column_of_a_wide_image() -> None:
+    """Every n-th position of a row-major image of width n would be."""
+    (node,) = parsed(
+        "(float[N,1,128,128] x) => (float[N,1,128,128] y) "
+        "{ y = Conv<kernel_shape=[3,3], pads=[1,1,1,1]>(x, w) }",
+        w=normal(1, 1, 3, 3),
+    ).graph.node
+    columns = np.broadcast_to(np.arange(1, 129, dtype=np.float32), (1, 1, 128, 128))
+    vectors = rounding._vectors(node, columns, (1, 1, 3, 3), 128)
+    assert vectors.shape == (1, 9, 128)
+    assert len(np.unique(vectors[0, 4])) > 64  # of the middle tap
+
+
+def test_the_root_is_of_the_damped_inverse() -> None:
+    moment = np.cov(normal(5, 40)).astype(np.float32)
+    root = rounding._root_of_inverse(moment)
+    damped = moment + 0.01 * np.diag(moment).mean() * np.eye(5)
+    np.testing.assert_allclose(root.T @ root, np.linalg.inv(damped), rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(np.tril(root, -1), 0)

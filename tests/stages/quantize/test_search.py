@@ -482,7 +482,7 @@ def test_few_samples_leave_no_choice_and_take_the_standard(tmp_path: Path) -> No
 
 def test_a_fixed_batch_larger_than_what_is_held_back(tmp_path: Path) -> None:
     model = parsed("(float[8,6] x) => (float[8,5] y) { y = MatMul(x, w) }", w=normal(6, 5))
-    source, data = stored(model, tmp_path, x=normal(16, 6))
+    source, data = stored(model, tmp_path, x=normal(24, 6))
     made = quantize(source, QuantizeOptions(), data=data, out=tmp_path / "q.onnx")
     assert follow(source, made, data, "ort-cpu") > 20
 
