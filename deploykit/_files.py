@@ -64,6 +64,12 @@ def check_free(out: Path, *, force: bool) -> None:
         raise _unwritable(out, error) from error
 
 
+def check_file(out: Path) -> None:
+    """Refuse to put a file in the place of a folder, forced or not. Raises UsageError."""
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder", hint="give the path of a file")
+
+
 def _unwritable(out: Path, error: OSError) -> DeploykitError:
     if error.errno in _FULL:
         return ResourceError(
@@ -135,7 +141,8 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file whole or not at all. Raises UsageError: a folder is there."""
+    check_file(path)
     with staged(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

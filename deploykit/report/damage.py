@@ -96,7 +96,7 @@ def plot(facts: Json, title: str, out: Path) -> None:
         1, 1 + timed, sharey=True, squeeze=False, width_ratios=[3, 2][: 1 + timed]
     )
     noise, *time = axes[0]
-    noise.set_yticks(range(len(rows)), names, fontsize=8)
+    noise.set_yticks(range(len(rows)), names, fontsize=8, parse_math=False)
     noise.set_ylim(-0.6, len(rows) - 0.4)
     _draw_noise(noise, rows, search["probe"]["sqnr_db"], in_float)
     for place in time:
@@ -106,8 +106,10 @@ def plot(facts: Json, title: str, out: Path) -> None:
     told = [f"the {drawn} worst of {known} nodes"] if drawn < known else []
     told += [f"{others} nodes in float are not drawn"] if others else []
     figure.suptitle(
-        f"{title}: what each quantized node costs, on {search['runtime']}\n{'; '.join(told)}"
+        f"{title}: what each quantized node costs, on {search['runtime']}\n{'; '.join(told)}",
+        parse_math=False,
     )
+    _files.check_file(out)
     with _files.staged(out) as temporary:
         figure.savefig(temporary, format=out.suffix[1:].lower(), dpi=130)
 

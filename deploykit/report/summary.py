@@ -168,11 +168,11 @@ def describe(artifact: Artifact) -> str:
     told = [artifact.precision, size(_files.size_bytes(artifact.path))]
     for key, text in (
         ("parameters_after", "{:,} parameters"),
-        ("compute_nodes_quantized", "{} compute nodes quantized"),
+        ("compute_nodes_quantized", "{} of {compute_nodes} compute nodes quantized"),
         ("largest_relative_difference", "differs from PyTorch by {:.0e} of the largest output"),
     ):
         if key in facts:
-            told.append(text.format(facts[key]))
+            told.append(text.format(facts[key], **facts))
     if found := facts.get("search"):
         told += _choice(facts["candidate"], found, facts["preset"]["name"])
     told += [f"warning: {warning}" for warning in facts.get("warnings", ())]

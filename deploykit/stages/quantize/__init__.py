@@ -13,7 +13,7 @@ from deploykit.backends import backend
 from deploykit.dataset import Dataset
 from deploykit.environment import has_int8_dot_product, is_arm
 from deploykit.environment import read as read_environment
-from deploykit.errors import InputError, UsageError, did_you_mean
+from deploykit.errors import AnswerIsNo, InputError, UsageError, did_you_mean
 from deploykit.stages.quantize import gain, guard, placement, sound
 from deploykit.stages.quantize.graph import Graph, matches
 from deploykit.stages.quantize.lab import Lab, Point, Talk, pareto
@@ -35,6 +35,8 @@ FEWEST = 8
 """Samples below which nothing is chosen."""
 FAITHFUL_DB = 20.0
 """Below this (noise a tenth of the signal's amplitude) a result without a promise is warned of."""
+LITTLE = 0.01
+"""Share of the multiply-accumulates below which the answer is no."""
 COMMON: Method = "minmax"
 """The method where there is too little data to choose one."""
 
@@ -159,14 +161,32 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
         probed = gain.probe(lab, point) if options.node_damage else {}
         found, broken = {"search": _found(lab, point, probed)}, lab.broken
         shutil.copyfile(point.artifact.path, out)  # what was judged, not made again
+    facts = shop.facts(variant, _why(shop.graph, options, candidates, variant) | broken)
     return {
-        **shop.facts(variant, _why(shop.graph, options, candidates, variant) | broken),
+        **facts,
         "candidate": name,
         "calibration_samples": len(rest),
-        "warnings": warnings,
+        "warnings": warnings + _touched(facts, options),
         "op_types": sorted({shop.graph.nodes[n].op_type for n in variant.nodes}),
         **found,
     }
+
+
+def _touched(facts: Json, options: QuantizeOptions) -> list[str]:
+    """A warning where little of the work is quantized, unasked.
+
+    Raises AnswerIsNo: next to nothing is.
+    """
+    done, total = facts["multiply_accumulates_quantized"], facts["multiply_accumulates"]
+    inside, nodes = facts["compute_nodes_in_subgraphs"], facts["compute_nodes"]
+    told = f"{done:,} of {total:,} multiply-accumulates"
+    told += f", {inside} of {nodes} compute nodes are in branches or loops" if inside else ""
+    if not options.partial and done < LITTLE * total:
+        raise AnswerIsNo(
+            f"{told} could be quantized",
+            hint="the work of this model lies in operators that stay in float, such as LSTM",
+        )
+    return [f"{told}: quantized alone"] if done < total / 2 or 2 * inside > nodes else []
 
 
 def _found(lab: Lab, point: Point, probed: Json) -> Json:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from deploykit.stages.quantize.graph import Graph, multiply_accumulates, subgraph_nodes
+from deploykit.stages.quantize.graph import RECURRENT, Graph, multiply_accumulates, subgraph_nodes
 from deploykit.stages.quantize.placement import Plan
 from deploykit.stages.quantize.presets import COMPUTE
 from deploykit.values import Json
 
 if TYPE_CHECKING:
     import onnx
+
+WORK = (*COMPUTE, *RECURRENT)
+"""Operators that hold the work of a model."""
 
 
 def account(graph: Graph, made: Plan, why: dict[str, str]) -> Json:
@@ -29,7 +32,7 @@ def account(graph: Graph, made: Plan, why: dict[str, str]) -> Json:
             Counter(graph.nodes[name].op_type for name in made.nodes).most_common()
         ),
         "float_nodes": float_nodes,
-        "compute_nodes": sum(n.op_type in COMPUTE for n in graph.nodes.values()) + inside,
+        "compute_nodes": sum(n.op_type in WORK for n in graph.nodes.values()) + inside,
         "compute_nodes_quantized": sum(graph.nodes[name].op_type in COMPUTE for name in integer),
         "compute_nodes_in_subgraphs": inside,
         "multiply_accumulates": sum(macs.values()),
@@ -39,8 +42,4 @@ def account(graph: Graph, made: Plan, why: dict[str, str]) -> Json:
 
 def hidden(model: onnx.ModelProto) -> int:
     """Compute nodes, LSTM and GRU inside branches and bodies, where no pair is put."""
-    return sum(
-        inner.op_type in (*COMPUTE, "LSTM", "GRU", "RNN")
-        for node in model.graph.node
-        for inner in subgraph_nodes(node)
-    )
+    return sum(inner.op_type in WORK for node in model.graph.node for inner in subgraph_nodes(node))

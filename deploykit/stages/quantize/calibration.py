@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploykit import store
+from deploykit import _files, store
 from deploykit._lazy import needs
 from deploykit.dataset import Dataset, padded
 from deploykit.environment import read as read_environment
-from deploykit.errors import InputError
+from deploykit.errors import InputError, UsageError
 from deploykit.stages.quantize.histogram import Histogram
 from deploykit.values import Array, Json, Value
 
@@ -100,12 +100,24 @@ def remembered(path: Path | None, identity: Json, make: Callable[[], Calibration
     """
     if path is None:
         return make()
+    _check_cache(path)
 
     def plain() -> _Kept:
         return _Kept(tensors={name: h.to_json() for name, h in make().items()})
 
     kept, _ = store.remember(path, store.digest_of(identity), _Kept, plain)
     return {name: Histogram.from_json(plain) for name, plain in kept.tensors.items()}
+
+
+def _check_cache(path: Path) -> None:
+    """Raises UsageError: what lies there is no cache of ours, or none can be written there."""
+    kept = store.read_json(path) if path.is_file() and path.stat().st_size else None
+    if path.exists() and (kept is None or set(kept) != {"key", "value"}):
+        raise UsageError(
+            f"{path} is no calibration cache, it is not replaced",
+            hint="give --calibration-cache a file of its own",
+        )
+    _files.check_free(path, force=True)
 
 
 def _fixed_batch(model: onnx.ModelProto) -> int:

@@ -111,7 +111,7 @@ def _places(graph: Graph, tensor: str, tail: int) -> list[Place] | None:
         case "LayerNormalization" if tail == 0:
             numbers = range(1, len(node.input))
             found = _all_constant(graph, node, [(node.name, i, 0) for i in numbers])
-        case name if name in HOMOGENEOUS:
+        case name if name in HOMOGENEOUS and (tail or not name.endswith("Pool")):
             found = _upstream(graph, node.input[0], tail)
         case "Add" | "Mul":
             found = _beside(graph, node, tail)

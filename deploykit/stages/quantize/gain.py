@@ -117,7 +117,7 @@ def keep_float(facts: Json, patterns: Sequence[str]) -> Json:
 
 
 def _matches(row: Json, pattern: str) -> bool:
-    return any(fnmatchcase(name, pattern) for name in (row["node"], *row["modules"]))
+    return any(n == pattern or fnmatchcase(n, pattern) for n in (row["node"], *row["modules"]))
 
 
 def _extra(back: Sequence[Json]) -> float | None:

@@ -16,6 +16,8 @@ from deploykit.values import Array
 if TYPE_CHECKING:
     import onnx
 
+RECURRENT = ("LSTM", "GRU", "RNN")
+"""They compute too, in float: a product with the weights and one with the state, at each step."""
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 """Where torch's exporter tells the modules of a node."""
 
@@ -118,7 +120,7 @@ def modules(node: onnx.NodeProto) -> tuple[str, ...]:
 
 def matches(node: onnx.NodeProto, pattern: str) -> bool:
     """Whether a pattern is for a node: for its name, or for a module that it is in."""
-    return any(fnmatchcase(name, pattern) for name in (node.name, *modules(node)))
+    return any(n == pattern or fnmatchcase(n, pattern) for n in (node.name, *modules(node)))
 
 
 def subgraph_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
@@ -190,6 +192,9 @@ def multiply_accumulates(model: onnx.ModelProto, graph: Graph) -> dict[str, int]
 
 
 def _count(node: onnx.NodeProto, sizes: dict[str, list[int]]) -> int:
+    if node.op_type in RECURRENT:
+        steps = (sizes.get(node.input[0]) or [1])[0]
+        return int(steps * sum(np.prod(sizes.get(name) or [0]) for name in node.input[1:3]))
     if node.op_type not in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
         return 0
     left, right, out = (sizes.get(n) for n in (*node.input[:2], node.output[0]))

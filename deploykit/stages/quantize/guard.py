@@ -62,6 +62,12 @@ def check_enough(seen: Calibration, data: Dataset) -> list[str]:
     """
     errors = [e for histogram in seen.values() if (e := relative_error(histogram)) is not None]
     if not errors:
+        if any(histogram.samples == 1 for histogram in seen.values()):
+            raise InputError(
+                f"{data.reference}, calibrated on {len(data)} samples: nothing tells how far they "
+                "stand for others",
+                hint="give at least two batches, better dozens of samples",
+            )
         return []
     error, count = statistics.median(errors), len(data)
     enough = math.ceil(count * (error / GOOD) ** 2)

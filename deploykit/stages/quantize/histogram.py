@@ -4,7 +4,7 @@ The bin width is a power of two and the bins are aligned at zero. So floor(x / 2
 floor(floor(x / 2^k) / 2^(K - k)): when a larger value arrives, pairs of bins are merged and every
 count stays exact. The final width depends on the largest magnitude alone, hence the result is the
 same for every order and batching of the values, and histograms of parts add up to that of the
-whole.
+whole. (A value below 2 ** -97 may count as zero or not: float32 holds no smaller bins.)
 
 The extremes are exact always. The counts are exact for up to PICKED values a sample; of more, every
 n-th is counted (n odd, the first one chosen by the sample's own extremes), which moves the share of

@@ -13,7 +13,7 @@ import numpy as np
 from deploykit.backends import open_session
 from deploykit.dataset import Dataset, padded
 from deploykit.environment import read as read_environment
-from deploykit.errors import InputError, StageError
+from deploykit.errors import InputError, StageError, UsageError
 from deploykit.evaluation import collect
 from deploykit.metrics import cosine, drop, least_drop
 from deploykit.session import Session
@@ -123,6 +123,12 @@ class Lab:
             if self.promise:
                 self.looks = looks(session, self.promise)
                 self.float_score = self.looks[-1].score
+                if not math.isfinite(self.float_score.score.value):
+                    raise UsageError(
+                        f"{self.promise.metric} of the float model is "
+                        f"{self.float_score.score.value}: no drop from it can be allowed",
+                        hint="take another metric, such as cosine or agreement",
+                    )
 
     def _open(self, artifact: Artifact, threads: int | None = None) -> Session:
         options = SessionOptions(threads=threads) if threads else self.options

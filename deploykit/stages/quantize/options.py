@@ -114,6 +114,11 @@ class QuantizeOptions(Value):
         return tuple(c for c in CORRECTIONS if c in self.corrections or "auto" in self.corrections)
 
     @property
+    def partial(self) -> bool:
+        """Whether it was asked for a part of the model only."""
+        return bool(self.nodes_to_quantize or self.keep_float or self.op_types_to_quantize)
+
+    @property
     def chooses(self) -> bool:
         """Whether something is left to choose by measurement."""
         named = set(self.corrections) - {"auto", "none"}

@@ -6,6 +6,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from deploykit.errors import UsageError, did_you_mean
 from deploykit.stages.quantize import blocks, tables
 from deploykit.stages.quantize.graph import Graph, channel_axis, groups_of, matches, modules
@@ -131,8 +133,18 @@ def _no_integers(
     odd = [n for n in (*activations, node.output[0]) if n not in graph.floats]
     if odd:
         return f"{odd[0]!r} is not known to be float32"
-    if any(n in graph.constants and graph.constant(n) is None for n in _operands(node)):
-        return "a constant is not float32"
+    return _unfit_constant(graph, node)
+
+
+def _unfit_constant(graph: Graph, node: onnx.NodeProto) -> str | None:
+    """Why the constants that a node reads cannot be integers, or None."""
+    constants = [graph.constant(n) for n in _operands(node) if n in graph.constants]
+    most = float(np.finfo(np.float32).max) if node.op_type in COMPUTE else tables.HUGE
+    for value in constants:
+        if value is None:
+            return "a constant is not float32"
+        if not np.abs(value).max(initial=0) <= most:  # NaN too
+            return "a constant holds masks or infinite values"
     return None
 
 

@@ -84,7 +84,9 @@ def _affine(model: onnx.ModelProto) -> int:
     for node in model.graph.node:
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             constants[node.output[0]] = node.attribute[0].t
-    changed = 0
+    changed, taken = 0, _names(model)
+    for node in model.graph.node:
+        taken |= {name for inner in subgraph_nodes(node) for name in inner.output}
     for node in model.graph.node:
         tensor = constants.get(node.input[1]) if node.op_type in ("Sub", "Div") else None
         if tensor is None or tensor.data_type != onnx.TensorProto.FLOAT:
@@ -93,6 +95,9 @@ def _affine(model: onnx.ModelProto) -> int:
         if node.op_type == "Div" and not value.all():
             continue
         name = f"{node.output[0]}_{node.op_type.lower()}"
+        while name in taken:
+            name += "_"
+        taken.add(name)
         turned = -value if node.op_type == "Sub" else 1 / value
         model.graph.initializer.append(onnx.numpy_helper.from_array(turned, name))
         node.op_type = "Add" if node.op_type == "Sub" else "Mul"

@@ -264,8 +264,14 @@ class _Writer:
 
         where = "" if axis is None else f"_axis{axis % integers.ndim}"
         base = f"{tensor}{where}"
-        same = np.asarray(scale, np.float32).tobytes()
-        while (other := self.added.get(f"{base}{self._tag}_scale")) and other.raw_data != same:
+        ends = (f"{self._tag}_scale", f"{self._tag}_quantized")
+        same = [
+            onnx.numpy_helper.from_array(np.asarray(array, order="C")).raw_data
+            for array in (np.asarray(scale, np.float32), integers)
+        ]
+        while (others := [self.added.get(base + end) for end in ends])[0] and [
+            other and other.raw_data for other in others
+        ] != same:
             base += "_"
         target = f"{base}{self._tag}_dequantized"
         if f"{base}{self._tag}_quantized" in self.added:

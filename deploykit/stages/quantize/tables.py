@@ -12,6 +12,8 @@ from deploykit.values import Array
 if TYPE_CHECKING:
     import onnx
 
+HUGE = 1e4
+"""A value beyond this leaves its row no levels for ordinary ones."""
 LARGE = 1 << 16
 """Fewest values of a table: the smaller ones are not worth two more nodes."""
 
@@ -21,6 +23,8 @@ def unfit(graph: Graph, node: onnx.NodeProto) -> str | None:
     table = graph.constant(node.input[0])
     if table is None or table.ndim != 2 or any(a.name == "axis" and a.i for a in node.attribute):
         return "it looks up no rows of a constant float32 table"
+    if not np.abs(table).max() <= HUGE:  # NaN too
+        return "its table holds masks or infinite values"
     if table.size < LARGE:
         return f"its table has {table.size:,} values, integers pay from {LARGE:,} on"
     return None
