@@ -110,9 +110,12 @@ def remembered(path: Path | None, identity: Json, make: Callable[[], Calibration
 
 
 def _check_cache(path: Path) -> None:
-    """Raises UsageError: what lies there is no cache of ours, or none can be written there."""
-    kept = store.read_json(path) if path.is_file() and path.stat().st_size else None
-    if path.exists() and (kept is None or set(kept) != {"key", "value"}):
+    """Raises UsageError: what lies there is no cache of ours, or none can be written there.
+
+    A torn cache is one of ours: it begins as `store.remember` writes it.
+    """
+    ours = path.is_file() and (not path.stat().st_size or path.read_bytes()[:8] == b'{"key": ')
+    if path.exists() and not ours:
         raise UsageError(
             f"{path} is no calibration cache, it is not replaced",
             hint="give --calibration-cache a file of its own",

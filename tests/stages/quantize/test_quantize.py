@@ -17,6 +17,7 @@ from deploykit.formats import open_model
 from deploykit.stages.quantize import QuantizeOptions, preset, quantize, workshop
 from deploykit.stages.quantize.calibration import observe
 from deploykit.values import Artifact
+from tests.fixtures_core import refused
 
 
 def test_int8_keeps_the_score_and_is_smaller(
@@ -36,7 +37,8 @@ def test_the_facts_account_for_every_compute_node(
     assert facts["compute_nodes"] == facts["compute_nodes_quantized"] == 14
     assert facts["multiply_accumulates_quantized"] == facts["multiply_accumulates"] > 1e6
     assert {n["operator"] for n in facts["float_nodes"]} <= {"Relu", "ReduceMean", "Reshape", "Add"}
-    assert facts["calibration_samples"] == 512
+    held = facts["search"]["held_back_samples"] if "search" in facts else 0
+    assert facts["calibration_samples"] + held == 512
     counted = onnx.load(teacher_int8.path)
     pairs = sum(node.op_type == "QuantizeLinear" for node in counted.graph.node)
     assert pairs >= 14
@@ -243,6 +245,23 @@ def test_the_calibration_cache_is_bound_to_model_and_data(
     cache.write_text(cache.read_text()[:1000])  # torn
     made("e.onnx", calibration.first(17), calibration_method="mse")
     assert len(runs) == 3
+
+
+@pytest.mark.parametrize("there", ["folder", "notes", "model"])
+def test_what_is_no_calibration_cache_is_never_replaced(
+    there: str, teacher_onnx: Artifact, calibration: Dataset, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    if there == "folder":
+        cache.mkdir()
+        (cache / "thesis.txt").write_text("all of it")
+    else:
+        cache.write_bytes(b"notes" if there == "notes" else teacher_onnx.path.read_bytes())
+    before = sorted(tmp_path.rglob("*")), cache.is_file() and cache.read_bytes()
+    options = QuantizeOptions(calibration_cache=str(cache), calibration_samples=16)
+    with refused(UsageError, "is no calibration cache", hint="a file of its own"):
+        quantize(teacher_onnx, options, data=calibration, out=tmp_path / "m.onnx")
+    assert (sorted(tmp_path.rglob("*")), cache.is_file() and cache.read_bytes()) == before
 
 
 def test_the_processor_that_will_serve_decides_the_bits_of_the_weights() -> None:

@@ -773,3 +773,53 @@ def _made_by_dequantize(path: Path) -> dict[str, list[bool]]:
     return {
         "Conv": [all(from_int8(one.get_input(i)) for i in (0, 1)) for one in convolutions],
     }
+
+
+LSTM_TEXT = """(float[N,12,16] x) => (float[N,2] y) {
+    s = Transpose<perm=[1,0,2]>(x)
+    o, h = LSTM<hidden_size=64>(s, w, r)
+    t = Squeeze(h, axes)
+    y = Gemm(t, v, c)
+}"""
+LSTM_CONSTANTS = {
+    "w": normal(1, 256, 16), "r": normal(1, 256, 64), "axes": np.array([0]), "v": normal(64, 2),
+    "c": normal(2),
+}  # fmt: skip
+
+
+def test_a_model_of_which_one_product_beside_an_lstm_is_quantized_is_a_no(tmp_path: Path) -> None:
+    source, data = stored(parsed(LSTM_TEXT, **LSTM_CONSTANTS), tmp_path, x=normal(12, 12, 16))
+    with pytest.raises(AnswerIsNo) as caught:
+        quantize(source, FIXED, data=data, out=tmp_path / "q.onnx")
+    work = 12 * 256 * (16 + 64) + 128
+    assert f"128 of {work:,} multiply-accumulates could be quantized" in str(caught.value)
+    assert not (tmp_path / "q.onnx").exists()
+    asked = FIXED.model_copy(update={"op_types_to_quantize": ("Gemm",)})  # a part was asked for
+    made = quantize(source, asked, data=data, out=tmp_path / "q.onnx")
+    assert any(f"128 of {work:,}" in warning for warning in made.facts["warnings"])
+
+
+@pytest.mark.parametrize("bad", [-3.4e38, -np.inf])
+def test_masks_in_constants_ruin_no_range(bad: float, tmp_path: Path) -> None:
+    text = f"""(float[N,3,8,8] x) => (float[N,4,8,8] y) {{
+        h = {CONV}(x, w, b) a = Add(h, m) r = Relu(a) y = {CONV}(r, v)
+    }}"""
+    mask = np.zeros((1, 4, 8, 8), np.float32)
+    mask[..., 0] = bad
+    model = parsed(text, w=normal(4, 3, 3, 3), b=normal(4), m=mask, v=normal(4, 4, 3, 3))
+    source, data = stored(model, tmp_path, x=normal(12, 3, 8, 8))
+    here = FIXED.model_copy(update={"scope": "residual", "processor": "this"})
+    made = quantize(source, here, data=data, out=tmp_path / "q.onnx")
+    assert "masks or infinite" in " ".join(float_names(made.facts).values())
+    assert follow(source, made, data, "ort-cpu") > 20
+
+
+def test_a_name_that_is_taken_is_not_given_to_a_turned_constant(tmp_path: Path) -> None:
+    text = f"""(float[N,3,8,8] x) => (float[N,4,8,8] y) {{
+        h = {CONV}(x, w) s = Sub(h, c) y = Mul(s, s_sub)
+    }}"""
+    model = parsed(text, w=normal(4, 3, 3, 3), c=normal(4, 1, 1), s_sub=normal(4, 1, 1, seed=9))
+    source, data = stored(model, tmp_path, x=normal(12, 3, 8, 8))
+    here = FIXED.model_copy(update={"processor": "this"})
+    made = quantize(source, here, data=data, out=tmp_path / "q.onnx")
+    assert follow(source, made, data, "ort-cpu") > 20
