@@ -151,7 +151,10 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
         warnings += elsewhere
         lab = Lab(shop, runtime, held, order.promise, folder, order.talk, simulated)
         chosen = options.chooses or order.promise
-        point = search(lab, candidates, options.tried_corrections if chosen else ())
+        try:
+            point = search(lab, candidates, options.tried_corrections if chosen else ())
+        except AnswerIsNo as no:  # the data may be why
+            raise AnswerIsNo(str(no), hint="; ".join([no.hint, *warnings])) from no
         name, variant = point.name, point.variant
         if not order.promise and point.sqnr_db < FAITHFUL_DB:
             near = f"the outputs follow the float model's at {point.sqnr_db:.0f} dB only"

@@ -112,6 +112,7 @@ def _folded(source: Path, target: Path) -> tuple[onnx.ModelProto, str]:
     """ONNX Runtime's own preparation; its symbolic shape inference fails on several real models."""
     import onnx
 
+    source = source.resolve()  # the folder changes below
     names = _names(onnx.load(source, load_external_data=False))
     with needs("onnxruntime"), _quiet():
         from onnxruntime.quantization.quant_utils import load_model_with_shape_infer
@@ -119,7 +120,7 @@ def _folded(source: Path, target: Path) -> tuple[onnx.ModelProto, str]:
     for way, skip in (("symbolic shapes", False), ("without symbolic shapes", True)):
         try:
             with _quiet(), chdir(target.parent):  # where it fails it leaves a file in the folder
-                quant_pre_process(source.resolve(), target, skip_symbolic_shape=skip)
+                quant_pre_process(source, target, skip_symbolic_shape=skip)
                 model = load_model_with_shape_infer(target)
         except Exception:  # noqa: BLE001, S112 - it raises many kinds; the way taken is a fact
             continue

@@ -237,3 +237,18 @@ def test_weights_that_are_inputs_too(ir_version: int, opset: int, tmp_path: Path
     int8 = quantize(source, FIXED, data=data, out=tmp_path / "q.onnx")
     assert int8.facts["compute_nodes_quantized"] == 2
     assert follow(source, int8, data, "ort-cpu") > 20
+
+
+IMAGE_TEXT = "(float[N,3,8,8] x) => (float[N,4,8,8] y)"
+
+
+def test_a_relative_path_is_folded_too_and_nothing_is_left_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, _ = stored(parsed(f"{IMAGE_TEXT} {{ y = {CONV}(x, w) }}", w=normal(4, 3, 3, 3)),
+                       tmp_path, x=normal(12, 3, 8, 8))  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    _, told = prepare(Path(source.path.name))
+    assert told[-1].startswith("folded")
+    assert sorted(tmp_path.iterdir()) == before

@@ -433,6 +433,7 @@ def test_a_promise_that_cannot_be_kept_is_a_no_with_what_was_tried(tmp_path: Pat
         quantize(source, FIXED, data=data, out=tmp_path / "q.onnx", promise=promise)
     told = str(caught.value)
     assert "no INT8 model keeps cosine within 0.0000 of 1.0000" in told
+    assert "drop and time over float of what was tried" in caught.value.hint
     assert "the nearest is compute-minmax-" in told
     nearest = told.split("the nearest is ")[1].split(",", maxsplit=1)[0]
     hint = caught.value.hint
@@ -773,6 +774,15 @@ def _made_by_dequantize(path: Path) -> dict[str, list[bool]]:
     return {
         "Conv": [all(from_int8(one.get_input(i)) for i in (0, 1)) for one in convolutions],
     }
+
+
+def test_a_no_tells_too_that_the_data_looks_unlike(tmp_path: Path) -> None:
+    source, data = planted(tmp_path)
+    np.savez(tmp_path / "evaluation.npz", x=255 * normal(40, 8, seed=5))
+    promise = Promise(open_dataset(tmp_path / "evaluation.npz"), "cosine", 0.0)
+    with pytest.raises(AnswerIsNo) as caught:
+        quantize(source, FIXED, data=data, out=tmp_path / "q.onnx", promise=promise)
+    assert "preprocessed alike?" in caught.value.hint
 
 
 LSTM_TEXT = """(float[N,12,16] x) => (float[N,2] y) {
