@@ -19,6 +19,7 @@ from deploykit.stages.quantize.graph import Graph, matches
 from deploykit.stages.quantize.lab import Lab, Point, Talk, pareto
 from deploykit.stages.quantize.methods import EXACT, Method
 from deploykit.stages.quantize.options import QuantizeOptions
+from deploykit.stages.quantize.prepare import NOT_FOLDED
 from deploykit.stages.quantize.presets import OPSETS, SCOPES, Preset, preset
 from deploykit.stages.quantize.promise import Promise
 from deploykit.stages.quantize.search import damage, search
@@ -139,6 +140,7 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
         progress=lambda done, total: order.talk("calibrate", done, total),
     )
     warnings = guard.check_enough(shop.seen, rest) + guard.compared(order.data, evaluated)
+    warnings += [told for told in shop.told if told == NOT_FOLDED]
     candidates = _candidates(shop.graph, options, chooses=held is not None)
     found: Json = {}
     if held is None:

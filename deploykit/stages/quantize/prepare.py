@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 OPSET = 17
 """Models of too low an opset are lifted to this at least."""
+NOT_FOLDED = "not folded: ONNX Runtime's pass fails on it"
+"""Batch norms stay apart from their convolutions, constants are computed at each call."""
 
 
 def prepare(path: Path, *, opset: int = 13) -> tuple[onnx.ModelProto, tuple[str, ...]]:
@@ -127,7 +129,7 @@ def _folded(source: Path, target: Path) -> tuple[onnx.ModelProto, str]:
         _rename(model, names)
         return model, f"folded, {way}"
     model = onnx.shape_inference.infer_shapes(onnx.load(source))
-    return model, "not folded: ONNX Runtime's pass fails on it"
+    return model, NOT_FOLDED
 
 
 def _names(model: onnx.ModelProto) -> set[str]:
