@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 
 from deploykit.cli import COMMANDS
@@ -137,29 +139,39 @@ def test_doctor_says_what_works_here(deploykit: Command) -> None:
     assert "int8 preset here" in deploykit("doctor").out
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 500 test images."""
+    path = tmp_path_factory.mktemp("few") / "few.npz"
+    with np.load(EVALUATION) as arrays:
+        np.savez(path, **{name: arrays[name][:500] for name in arrays})
+    shutil.copy(FASHION / "preprocessing.toml", path.parent)
+    return path
+
+
 @pytest.mark.parametrize("drop", ["0.01", "1%"])
 def test_a_promise_is_kept_and_told(
-    deploykit: Command, teacher_onnx: Artifact, tmp_path: Path, drop: str
+    deploykit: Command, teacher_onnx: Artifact, few: Path, tmp_path: Path, drop: str
 ) -> None:
     out = tmp_path / "q.onnx"
     told = deploykit(
         "quantize", teacher_onnx.path, "--calibration-data", CALIBRATION, "-o", out, "--json",
-        "--max-drop", drop, "--evaluation-data", EVALUATION, "--scope", "residual",
+        "--max-drop", drop, "--evaluation-data", few, "--scope", "residual",
         "--calibration-method", "minmax",
     )  # fmt: skip
     assert told.code == 0, told.err
     search = json.loads(told.out)["history"][-1]["facts"]["search"]
     limit = 0.01 * (search["float_score"] if drop == "1%" else 1)
-    assert search["float_score"] == pytest.approx(0.93, abs=0.01)  # top1, which is the default
+    assert search["float_score"] == pytest.approx(0.93, abs=0.02)  # top1, which is the default
     assert search["chosen"]["drop"] <= limit
 
 
 def test_a_promise_that_cannot_be_kept_is_a_no_and_writes_nothing(
-    deploykit: Command, teacher_onnx: Artifact, tmp_path: Path
+    deploykit: Command, teacher_onnx: Artifact, few: Path, tmp_path: Path
 ) -> None:
     told = deploykit(
         "quantize", teacher_onnx.path, "--calibration-data", CALIBRATION,
-        "-o", tmp_path / "q.onnx", "--max-drop", "0", "--evaluation-data", EVALUATION,
+        "-o", tmp_path / "q.onnx", "--max-drop", "0", "--evaluation-data", few,
         "--metric", "cosine", "--scope", "residual", "--calibration-method", "minmax",
         "--corrections", "none",
     )  # fmt: skip

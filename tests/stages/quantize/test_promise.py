@@ -69,4 +69,4 @@ def test_a_part_is_looked_at_first_where_it_is_large_enough(
     assert [look.score.samples for look in found] == parts
     for look in found:
         (feed, _), *_ = look.data.batches(len(look.data))
-        np.testing.assert_allclose(look.outputs["y"], feed["x"] @ normal(8, 4), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(look.outputs["y"], feed["x"] @ normal(8, 4), 1e-4, 1e-5)
