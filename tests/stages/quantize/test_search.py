@@ -22,7 +22,7 @@ from deploykit.dataset import Dataset, open_dataset
 from deploykit.errors import AnswerIsNo, InputError, StageError
 from deploykit.session import Session
 from deploykit.stages.build import BuildOptions, build, unavailable
-from deploykit.stages.quantize import Promise, QuantizeOptions, lab, quantize, sound
+from deploykit.stages.quantize import Promise, QuantizeOptions, lab, quantize, sound, workshop
 from deploykit.stages.quantize.graph import Graph
 from deploykit.stages.quantize.lab import Point, pareto
 from deploykit.stages.quantize.prepare import prepare
@@ -833,3 +833,28 @@ def test_a_name_that_is_taken_is_not_given_to_a_turned_constant(tmp_path: Path) 
     here = FIXED.model_copy(update={"processor": "this"})
     made = quantize(source, here, data=data, out=tmp_path / "q.onnx")
     assert follow(source, made, data, "ort-cpu") > 20
+
+
+@pytest.mark.parametrize("simulate", [False, True])
+def test_scores_may_be_simulated_times_never(
+    simulate: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, data = chain(tmp_path)
+    opened: list[SessionOptions] = []
+
+    def noted(artifact: Artifact, name: str, options: SessionOptions) -> Session:
+        opened.append(options)
+        return open_session(artifact, name, options)
+
+    monkeypatch.setattr(lab, "open_session", noted)
+    shop = workshop.Workshop.open(
+        source, FIXED.preset, data, op_types=["Gemm", "MatMul"], binned=False
+    )
+    here = lab.Lab(shop, "ort-cpu", data, None, tmp_path, lambda *_: None, simulate)
+    made = here.try_out("x", Variant(("one", "two", "three"), "minmax"))
+    assert made
+    assert {options.simulate for options in opened} == {simulate}
+    opened.clear()
+    (timed,) = here.timed([made])
+    assert timed.time_ratio
+    assert {options.simulate for options in opened} == {False}
