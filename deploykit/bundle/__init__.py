@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from deploykit.bundle.manifest import Bundle, BundleError, Engine, FileEntry, Requirements
 from deploykit.bundle.packaging import PackagedModel, PackageOptions, package
+from deploykit.bundle.signature import sign
 from deploykit.bundle.verification import EngineCheck, Verification, verify
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "Requirements",
     "Verification",
     "package",
+    "sign",
     "verify",
 ]

@@ -33,11 +33,15 @@ class Served(Value):
     outputs: tuple[TensorSpec, ...]
     batched: bool
     """Whether the first axis of every tensor is the dynamic batch."""
+    plans: dict[str, str] = {}
+    """Compute capability (`9.0`) to file name, where there is one plan for each GPU."""
 
 
 def problems(config: Any, served: Served) -> list[str]:
     """Everything that is wrong, in the order of the rules; empty for a sound configuration."""
-    rules = (_identity, _versions, _batch_size, _tensors, _batching, _instances, _parameters)
+    rules = (
+        _identity, _versions, _batch_size, _tensors, _batching, _instances, _parameters, _warmups,
+    )  # fmt: skip
     return list(chain.from_iterable(rule(config, served) for rule in rules))
 
 
@@ -57,6 +61,8 @@ def _identity(config: Any, served: Served) -> Iterator[str]:
     ):
         if (have := getattr(config, key)) != want:
             yield f"{key} is {have!r}, not {want!r}"
+    if (plans := dict(config.cc_model_filenames)) != served.plans:
+        yield f"cc_model_filenames are {plans}, not {served.plans}"
 
 
 def _versions(config: Any, served: Served) -> Iterator[str]:
@@ -110,17 +116,32 @@ def _tensor(what: str, tensor: Any, spec: TensorSpec, *, batched: bool) -> Itera
 def _batching(config: Any, served: Served) -> Iterator[str]:
     del served
     if not config.HasField("dynamic_batching"):
-        if config.max_batch_size > 0:
-            yield "dynamic_batching is missing: without its queue limit an overload never ends"
+        yield "dynamic_batching is missing: without its queue limit an overload never ends"
         return
     batching = config.dynamic_batching
-    if config.max_batch_size <= 0:
-        yield "dynamic_batching needs a max_batch_size above 0"
     for size in batching.preferred_batch_size:
         if not 0 < size <= config.max_batch_size:
             yield f"preferred_batch_size {size} is not in 1..{config.max_batch_size}"
     if batching.default_queue_policy.max_queue_size < 1:
         yield "max_queue_size is not set: an overload would never end"
+
+
+def _warmups(config: Any, served: Served) -> Iterator[str]:
+    specs = {spec.name: spec for spec in served.inputs}
+    for warmup in config.model_warmup:
+        what = f"model_warmup {warmup.name!r}"
+        if not 1 <= warmup.batch_size <= max(config.max_batch_size, 1):
+            yield f"{what}: batch_size {warmup.batch_size} is not in 1..{config.max_batch_size}"
+        if set(warmup.inputs) != set(specs):
+            yield f"{what}: inputs are {sorted(warmup.inputs)}, the model has {sorted(specs)}"
+            continue
+        for name, data in warmup.inputs.items():
+            want = dims(specs[name], batched=config.max_batch_size > 0) or [1]
+            fits = len(want) == len(data.dims) and all(
+                w in (-1, h) and h > 0 for w, h in zip(want, data.dims, strict=True)
+            )
+            if not fits:
+                yield f"{what}: {name!r} has dims {list(data.dims)}, the model has {want}"
 
 
 def _instances(config: Any, served: Served) -> Iterator[str]:
