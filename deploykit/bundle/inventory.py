@@ -78,7 +78,7 @@ def touched(root: Path, found: Survey) -> list[str]:
     changed = []
     for path, was in found.prints.items():
         try:
-            now = _print(os.stat(root / path, follow_symlinks=False))
+            now = _print((root / path).lstat())
         except OSError:
             now = None
         if now != was:

@@ -73,7 +73,7 @@ class Requirements(Value):
     opset: int | None = None
     """Version of the standard operator set that the file declares; None for native code."""
     gpus: tuple[str, ...] = ()
-    """Compute capabilities that native code was built for: `sm90`, or `sm80+` for newer ones too."""
+    """Compute capabilities that native code was built for: `sm90`; `sm80+` for newer ones too."""
     driver: str | None = None
     """Oldest NVIDIA driver; None where it is not known."""
 

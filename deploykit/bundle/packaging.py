@@ -121,9 +121,7 @@ def _is_empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
-def _members(
-    models: Sequence[tuple[Artifact, str]], machine: Environment
-) -> tuple[Member, ...]:
+def _members(models: Sequence[tuple[Artifact, str]], machine: Environment) -> tuple[Member, ...]:
     """The models with what they need. Raises UsageError: none, or one that cannot be packaged."""
     if not models:
         raise UsageError("there is no model to package", hint="give at least one")
@@ -160,7 +158,10 @@ def _check_members(members: Sequence[Member]) -> None:
             f"two models are {twice[0].removeprefix('-')}", hint="package each in its own bundle"
         )
     for other in (member.artifact for member in members[1:]):
-        if (_seen(first.inputs), _seen(first.outputs)) != (_seen(other.inputs), _seen(other.outputs)):
+        if (_seen(first.inputs), _seen(first.outputs)) != (
+            _seen(other.inputs),
+            _seen(other.outputs),
+        ):
             raise UsageError(
                 f"{other.path} cannot stand in for {first.path}: it has other inputs or outputs",
                 hint="package each in its own bundle",

@@ -14,14 +14,14 @@ from typing import Any
 from deploykit import _files
 from deploykit._lazy import needs
 from deploykit.bundle import inventory, manifest
-from deploykit.bundle.manifest import SIGNATURE, BundleError, Code
+from deploykit.bundle.manifest import SIGNATURE, Code
 from deploykit.errors import InputError, UsageError
 from deploykit.layouts import oci
 
 LARGEST_SIGNATURE = 64 << 20
 KEY_HINT = (
-    "take a P-256, P-384 or P-521 key: openssl ecparam -genkey -name prime256v1 -noout -out key.pem; "
-    "openssl ec -in key.pem -pubout -out key.pub.pem"
+    "take a P-256, P-384 or P-521 key: openssl ecparam -genkey -name prime256v1 -noout "
+    "-out key.pem; openssl ec -in key.pem -pubout -out key.pub.pem"
 )
 
 
@@ -64,9 +64,7 @@ def _sign(bundle: Path, private_key: Path, *, force: bool) -> Path:
     return out
 
 
-def problem(
-    bundle: Path, public_key: Path, digests: Mapping[str, str]
-) -> tuple[Code, str] | None:
+def problem(bundle: Path, public_key: Path, digests: Mapping[str, str]) -> tuple[Code, str] | None:
     """What is wrong with the signature, given the sha256 of every file; None if nothing is.
 
     Raises InputError: the key cannot be used. MissingError: model-signing is not installed.
@@ -90,7 +88,7 @@ def problem(
         return "SIGNATURE", f"{SIGNATURE} cannot be read: {error.strerror}"
     try:
         config.set_hashing_config(_Known(digests)).verify(bundle, path)
-    except Exception as error:  # torn JSON, missing parts, a false signature: each its own type
+    except Exception as error:  # noqa: BLE001 - torn JSON, a false signature: each its own type
         return _told(error)
     return None
 

@@ -238,9 +238,7 @@ def _differences(engine: Engine, machine: Environment) -> str:
     return f"{told}Evaluate the model on this machine, and package it again if it is good"
 
 
-def _sentences(
-    whole: Whole, engines: tuple[EngineCheck, ...], *, target: bool
-) -> tuple[str, ...]:
+def _sentences(whole: Whole, engines: tuple[EngineCheck, ...], *, target: bool) -> tuple[str, ...]:
     bundle, machine = whole.bundle, "the target machine" if target else "this machine"
     return (
         f"manifest is sound ({bundle.schema_}, version {bundle.version})",

@@ -37,17 +37,10 @@ min_version_option = click.option(
 @_common.force_option
 @_common.json_option
 def package_command(
-    models: tuple[str, ...],
-    output: Path,
-    *,
-    data: str,
-    backend: str | None,
-    evidence: tuple[Path, ...],
-    force: bool,
-    as_json: bool,
-    **given: Any,
+    models: tuple[str, ...], output: Path, *, data: str, force: bool, as_json: bool, **given: Any
 ) -> None:
     """Pack models."""
+    backend, evidence = given.pop("backend"), given.pop("evidence")
     options = _options.make(PackageOptions, given)
     opened = _common.required_data(data)
     packed = [

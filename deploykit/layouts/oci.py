@@ -114,7 +114,9 @@ def unpack(layout: Path, out: Path) -> None:
     config = _descriptor(layout, manifest.get("config"))
     _json(layout, _blob(layout, config[0]), config)
     named = [(_path(layout, layer), _descriptor(layout, layer)) for layer in layers]
-    _check_names(layout, [name for name, _ in named], {top[0], config[0]} | {d for _, (d, _) in named})
+    _check_names(
+        layout, [name for name, _ in named], {top[0], config[0]} | {d for _, (d, _) in named}
+    )
     out.mkdir(mode=0o755)
     for name, (digest, size) in named:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +160,9 @@ def _check_names(layout: Path, names: list[str], digests: set[str]) -> None:
         for path in sorted(layout.iterdir())
         if path.name not in allowed
     ]
-    problems += [f"{p.name!r} is no part of it" for p in (layout / BLOBS).iterdir() if p.name != "sha256"]
+    problems += [
+        f"{p.name!r} is no part of it" for p in (layout / BLOBS).iterdir() if p.name != "sha256"
+    ]
     if problems:
         raise _broken(layout, "; ".join(problems[:6]))
 
@@ -196,9 +200,7 @@ def _json(layout: Path, path: Path, want: tuple[str, int] | None = None) -> Json
             data = file.read(LARGEST_JSON + 1)
     except OSError as error:
         raise _broken(layout, f"{path.name} cannot be read: {error.strerror}") from error
-    if len(data) > LARGEST_JSON or (
-        want and (hashlib.sha256(data).hexdigest(), len(data)) != want
-    ):
+    if len(data) > LARGEST_JSON or (want and (hashlib.sha256(data).hexdigest(), len(data)) != want):
         raise _broken(layout, f"{path.name} is not what its descriptor says")
     try:
         content = json.loads(data)

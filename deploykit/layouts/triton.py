@@ -214,9 +214,7 @@ def _warmup(artifact: Artifact, feed: Feed, max_batch_size: int) -> dict[str, Ar
         if array.dtype == object:
             return {}
         size = spec.shape[0] if isinstance(spec.shape[0], int) else 1
-        found[f"input_{index}"] = np.ascontiguousarray(
-            array[0] if max_batch_size else array[:size]
-        )
+        found[f"input_{index}"] = np.ascontiguousarray(array[0] if max_batch_size else array[:size])
     return found
 
 
