@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from deploykit.bundle.manifest import Bundle, BundleError, Engine, FileEntry, Requirements
 from deploykit.bundle.packaging import PackagedModel, PackageOptions, package
+from deploykit.bundle.publishing import Published, PublishOptions, publish, rollback
 from deploykit.bundle.signature import sign
 from deploykit.bundle.verification import EngineCheck, Verification, verify
 
@@ -15,9 +16,13 @@ __all__ = [
     "FileEntry",
     "PackageOptions",
     "PackagedModel",
+    "PublishOptions",
+    "Published",
     "Requirements",
     "Verification",
     "package",
+    "publish",
+    "rollback",
     "sign",
     "verify",
 ]

@@ -1,4 +1,4 @@
-"""`package`, `sign`, `verify`."""
+"""`package`, `sign`, `verify`, `publish`, `rollback`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ from typing import Any
 import click
 
 from deploykit import backends, store
-from deploykit.bundle import BundleError, PackagedModel, PackageOptions, package, sign, verify
+from deploykit.bundle import (
+    BundleError,
+    PackagedModel,
+    PackageOptions,
+    Published,
+    PublishOptions,
+    package,
+    publish,
+    rollback,
+    sign,
+    verify,
+)
 from deploykit.cli import COMMANDS, _common, _options
 from deploykit.environment import Environment
 from deploykit.errors import DeploykitError, InputError
@@ -88,13 +99,16 @@ def sign_command(bundle: Path, *, private_key: Path, force: bool, as_json: bool)
     _common.show(plain, text, as_json=as_json, schema="deploykit.signature/1")
 
 
+target_option = click.option(
+    "--target", type=_path, help="Check for another machine: what `doctor --json` printed there."
+)
+
+
 @click.command("verify", help=COMMANDS["verify"][1])
 @click.argument("bundle", type=_path)
 @public_key_option
 @min_version_option
-@click.option(
-    "--target", type=_path, help="Check for another machine: what `doctor --json` printed there."
-)
+@target_option
 @_common.json_option
 def verify_command(
     bundle: Path,
@@ -113,6 +127,54 @@ def verify_command(
             _common.show(_failure(bundle, error), "", as_json=True)
         raise
     _common.show(result, f"{bundle}: {result}", as_json=as_json, schema="deploykit.verification/1")
+
+
+@click.command("publish", help=COMMANDS["publish"][1])
+@click.argument("bundle", type=_path)
+@click.argument("repository", type=_path)
+@_options.fields(PublishOptions)
+@public_key_option
+@min_version_option
+@target_option
+@_common.json_option
+def publish_command(
+    bundle: Path, repository: Path, *, target: Path | None, as_json: bool, **given: Any
+) -> None:
+    """Publish a bundle."""
+    machine = _machine(target) if target else None
+    made = publish(
+        bundle,
+        repository,
+        _options.make(PublishOptions, given),
+        public_key=given["public_key"],
+        min_version=given["min_version"],
+        target=machine,
+    )
+    _show_published(made, as_json=as_json)
+
+
+@click.command("rollback", help=COMMANDS["rollback"][1])
+@click.argument("repository", type=_path)
+@click.argument("name")
+@_options.fields(PublishOptions, without=("keep",))
+@_common.json_option
+def rollback_command(repository: Path, name: str, *, as_json: bool, **given: Any) -> None:
+    """Go back."""
+    made = rollback(repository, name, _options.make(PublishOptions, given))
+    _show_published(made, as_json=as_json)
+
+
+def _show_published(made: Published, *, as_json: bool) -> None:
+    lines = [f"{made.repository / made.name}: serves version {made.version} ({made.engine})"]
+    lines += [f"passed over: {path}: {why}" for path, why in made.passed_over.items()]
+    others = [str(v) for v in made.versions if v != made.version]
+    if others:
+        lines.append(f"stays loaded: version {', '.join(others)}")
+    if made.ready:
+        lines.append("the server is ready and answers the golden inputs within tolerance")
+    else:
+        lines.append("NO SERVER ASKED: give --url, or let Triton poll the repository")
+    _common.show(made, "\n  ".join(lines), as_json=as_json, schema="deploykit.published/1")
 
 
 def _machine(path: Path) -> Environment:

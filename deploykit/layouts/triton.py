@@ -131,13 +131,19 @@ def parse(text: str, name: str) -> Any:
         ) from error
 
 
-def renamed(text: str, name: str, versions: tuple[int, ...]) -> str:
-    """The same configuration for a model of another name, serving these versions."""
+def renamed(text: str, name: str, versions: tuple[int, ...], warmup: str) -> str:
+    """The same configuration for a model of another name, serving these versions.
+
+    `warmup` goes before the names of the files of its warm-up.
+    """
     from google.protobuf import text_format
 
     config = parse(text, name)
     config.name = name
     config.version_policy.specific.versions[:] = versions
+    for sample in config.model_warmup:
+        for data in sample.inputs.values():
+            data.input_data_file = f"{warmup}{data.input_data_file}"
     changed: str = text_format.MessageToString(config)
     return changed
 

@@ -37,6 +37,15 @@ class Served(Value):
     """Compute capability (`9.0`) to file name, where there is one plan for each GPU."""
 
 
+FIELDS = frozenset({
+    "name", "platform", "backend", "default_model_filename", "version_policy", "max_batch_size",
+    "input", "output", "instance_group", "dynamic_batching", "model_warmup", "cc_model_filenames",
+    "parameters",
+})  # fmt: skip
+"""What a configuration of a bundle has; others load libraries, ensembles, agents, caches."""
+PARAMETERS = ("intra_op_thread_count", "inter_op_thread_count")
+
+
 def problems(config: Any, served: Served) -> list[str]:
     """Everything that is wrong, in the order of the rules; empty for a sound configuration."""
     rules = (
@@ -53,6 +62,9 @@ def dims(spec: TensorSpec, *, batched: bool) -> list[int]:
 
 def _identity(config: Any, served: Served) -> Iterator[str]:
     runtime = served.runtime
+    for field, _ in config.ListFields():
+        if field.name not in FIELDS:
+            yield f"{field.name} is not part of a bundle"
     for key, want in (
         ("name", served.name),
         ("platform", runtime.platform),
@@ -157,10 +169,9 @@ def _instances(config: Any, served: Served) -> Iterator[str]:
 
 def _parameters(config: Any, served: Served) -> Iterator[str]:
     del served
-    accelerators = config.optimization.execution_accelerators
-    if accelerators.gpu_execution_accelerator or accelerators.cpu_execution_accelerator:
-        yield "execution_accelerators are not part of a bundle"
-    for name in ("intra_op_thread_count", "inter_op_thread_count"):
+    for name in sorted(set(config.parameters) - set(PARAMETERS)):
+        yield f"parameter {name} is not part of a bundle"
+    for name in PARAMETERS:
         value = config.parameters[name].string_value if name in config.parameters else "1"
         if not value.isdecimal() or int(value) < 1:
             yield f"parameter {name} is {value!r}, not a number from 1"

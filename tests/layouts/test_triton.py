@@ -255,6 +255,12 @@ class TestCheck:
             ('name: "logits"', 'name: "logit"', "outputs are"),
             ("TYPE_FP32", "TYPE_INT32", "data_type is TYPE_INT32"),
             ("dynamic_batching {", "dynamic_batching {\n preferred_batch_size: 99", "99 is not in"),
+            (
+                "max_batch_size: 32",
+                'max_batch_size: 32\nmodel_operations { op_library_filename: "evil.so" }',
+                "model_operations is not part",
+            ),
+            ("inter_op_thread_count", "trt_extra_plugin_lib_paths", "parameter trt_extra"),
             ("max_queue_size: 256", "", "max_queue_size is not set"),
             ('"golden_32"\n  batch_size: 32', '"g"\n  batch_size: 33', "batch_size 33 is not in 1"),
             ('key: "images"', 'key: "image"', "model_warmup 'golden_1': inputs are"),
@@ -277,7 +283,7 @@ class TestCheck:
             (
                 "max_batch_size: 32",
                 f"max_batch_size: 32\n{ACCELERATED}",
-                "execution_accelerators",
+                "optimization is not part of a bundle",
             ),
         ],
     )
