@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from deploykit.bundle.loading import Loaded, load
 from deploykit.bundle.manifest import Bundle, BundleError, Engine, FileEntry, Requirements
 from deploykit.bundle.packaging import PackagedModel, PackageOptions, package
 from deploykit.bundle.publishing import Published, PublishOptions, publish, rollback
@@ -14,12 +15,14 @@ __all__ = [
     "Engine",
     "EngineCheck",
     "FileEntry",
+    "Loaded",
     "PackageOptions",
     "PackagedModel",
     "PublishOptions",
     "Published",
     "Requirements",
     "Verification",
+    "load",
     "package",
     "publish",
     "rollback",

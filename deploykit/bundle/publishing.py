@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import Field
@@ -91,7 +92,7 @@ def publish(
         _check_layout(path, bundle)
         folder = repository / bundle.name
         (folder / BUNDLES).mkdir(parents=True, exist_ok=True)
-        with _files.held(folder):
+        with _files.held(folder), _leaving_nothing(folder):
             served = served_versions(folder)
             kept = folder / BUNDLES / str(bundle.version)
             _check_new(folder, served, source, kept)
@@ -115,6 +116,17 @@ def publish(
         ready=bool(options.url),
         golden_max_error=error,
     )
+
+
+@contextmanager
+def _leaving_nothing(folder: Path) -> Iterator[None]:
+    """On an error, a folder in which nothing was ever published goes: Triton would trip over it."""
+    try:
+        yield
+    except BaseException:
+        if not (folder / triton.CONFIG).exists() and not any((folder / BUNDLES).iterdir()):
+            _files.remove(folder)
+        raise
 
 
 def rollback(repository: Path, name: str, options: PublishOptions | None = None) -> Published:

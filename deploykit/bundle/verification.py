@@ -7,6 +7,7 @@ from pathlib import Path
 from deploykit import environment as environments
 from deploykit.backends import open_session
 from deploykit.bundle import golden, integrity, manifest
+from deploykit.bundle.golden import Agreement
 from deploykit.bundle.integrity import Whole
 from deploykit.bundle.manifest import Bundle, Engine, GoldenOutputs
 from deploykit.bundle.requirements import mismatches
@@ -14,6 +15,7 @@ from deploykit.environment import Environment
 from deploykit.errors import AnswerIsNo, IntegrityError, MissingError
 from deploykit.formats import onnx_file
 from deploykit.layouts import oci
+from deploykit.session import Session
 from deploykit.values import Array, Artifact, Feed, Value
 
 
@@ -107,10 +109,9 @@ def check_engines(
     Raises AnswerIsNo: engines that answer differently, all of them. IntegrityError: a file was
     changed meanwhile.
     """
-    feed = _golden_inputs(whole.folder, whole.bundle)
     checks, wrong, hints = [], [], []
     for engine in whole.bundle.engines:
-        check, problem = _check_engine(whole, engine, feed, not_run)
+        check, problem = _check_engine(whole, engine, not_run)
         checks.append(check)
         if problem:
             wrong.append(f"{whole.folder / engine.path} on {engine.backend}: {problem}")
@@ -160,22 +161,16 @@ def _golden_outputs(path: Path, expected: GoldenOutputs) -> dict[str, Array]:
 
 
 def _check_engine(
-    whole: Whole, engine: Engine, feed: Feed, not_run: str | None
+    whole: Whole, engine: Engine, not_run: str | None
 ) -> tuple[EngineCheck, str | None]:
     """What was found out about an engine, and what is wrong with its answers."""
-    path, artifact = whole.folder, artifact_of(whole, engine)
+    artifact, agreement = artifact_of(whole, engine), None
     if engine.format == "onnx":
         _check_names(artifact)
     reason = engine.no_golden or golden.no_runner(engine.format) or not_run
     if reason is None:
-        expected = engine.golden
-        assert expected is not None  # noqa: S101 - `manifest.read` has checked it
-        want = _golden_outputs(path, expected)
         with open_session(artifact, engine.backend) as session:
-            answer = golden.run(session, feed, expected.batch_size)
-        agreement = golden.compare(want, answer, expected)
-    else:
-        agreement = None
+            agreement = answers(whole, engine, session)
     check = EngineCheck(
         path=engine.path,
         backend=engine.backend,
@@ -183,6 +178,15 @@ def _check_engine(
         golden_not_run=reason,
     )
     return check, agreement.problem if agreement else None
+
+
+def answers(whole: Whole, engine: Engine, session: Session) -> Agreement:
+    """How a session answers the golden inputs. Raises IntegrityError: these are bad."""
+    expected = engine.golden
+    assert expected is not None  # noqa: S101 - `manifest.read` has checked it
+    feed = _golden_inputs(whole.folder, whole.bundle)
+    want = _golden_outputs(whole.folder, expected)
+    return golden.compare(want, golden.run(session, feed, expected.batch_size), expected)
 
 
 def _check_names(artifact: Artifact) -> None:
