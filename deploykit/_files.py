@@ -11,6 +11,8 @@ import os
 import re
 import secrets
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,6 +46,31 @@ def size_bytes(path: Path) -> int:
     if path.is_dir():
         return sum((path / name).lstat().st_size for name in tree(path))
     return path.stat().st_size
+
+
+def unsafe(path: str) -> bool:
+    """Whether a path from elsewhere must not be used: not relative, not normalised, odd letters."""
+    parts = path.split("/")
+    odd = any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts)
+    return odd or "\\" in path or not path.isprintable()
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor of a regular file. Raises OSError: not one (a link is not followed)."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(None, "no regular file", str(path))
+    return descriptor
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A private folder for a while; those of killed processes are swept."""
+    base = Path(tempfile.gettempdir())
+    _sweep(base / "deploykit")
+    with tempfile.TemporaryDirectory(prefix=f".deploykit.tmp-{os.getpid()}-", dir=base) as folder:
+        yield Path(folder)
 
 
 def check_free(out: Path, *, force: bool) -> None:
@@ -138,6 +165,29 @@ def held(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`, removed at the end if it is still there."""
+    path = path.absolute()
+    _sweep(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        yield temporary
+    except Exception as error:
+        if full := _full(error):
+            raise _unwritable(path, full) from error
+        raise
+    finally:
+        remove(temporary)
+
+
+def move(source: Path, target: Path) -> None:
+    """Put a finished file in its place on the same file system, whole or not at all."""
+    _sync(source)
+    source.replace(target)
+    _sync_folder(target.absolute().parent)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -23,7 +23,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("measure", "Compare the outputs of two models on data."),
     "bench": ("measure", "Time models, each in its own process, interleaved."),
     "package": ("ship", "Pack a model into a verified bundle for a server."),
-    "verify": ("ship", "Check a bundle: files, machine, golden inputs."),
+    "sign": ("ship", "Sign a bundle with a local key."),
+    "verify": ("ship", "Check a bundle: signature, files, machine, golden inputs."),
+    "publish": ("ship", "Put a bundle into a live Triton repository, or leave it as it was."),
+    "rollback": ("ship", "Serve the version before the newest one again."),
     "run": ("run", "Go the whole way of a recipe, with gates; resumable."),
 }
 """Name to its module here and its one line of help."""

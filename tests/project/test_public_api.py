@@ -38,8 +38,9 @@ def test_the_public_names() -> None:
     """A change here is a change for users: say it in CHANGELOG.md."""
     assert deploykit.__all__ == [
         "Artifact", "BenchOptions", "BuildOptions", "Candidate", "DistillOptions", "ExportOptions",
-        "PackageOptions", "PackagedModel", "PruneOptions", "QuantizeOptions", "SessionOptions",
-        "TakeOptions", "TensorSpec", "bench", "build", "compare", "distill", "evaluate", "export",
-        "open_dataset", "open_model", "open_session", "package", "prune", "quantize", "read_recipe",
-        "run", "take", "verify",
+        "Loaded", "PackageOptions", "PackagedModel", "PruneOptions", "PublishOptions",
+        "QuantizeOptions", "SessionOptions", "TakeOptions", "TensorSpec", "bench", "build",
+        "compare", "distill", "evaluate", "export", "load", "open_dataset", "open_model",
+        "open_session", "package", "prune", "publish", "quantize", "read_recipe", "rollback", "run",
+        "sign", "take", "verify",
     ]  # fmt: skip
