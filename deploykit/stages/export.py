@@ -17,7 +17,7 @@ from deploykit._lazy import needs
 from deploykit.backends import open_session
 from deploykit.dataset import Dataset
 from deploykit.errors import AnswerIsNo, InputError, StageError
-from deploykit.formats import onnx_file, torch_folder
+from deploykit.formats import onnx_file, torch_folder, torch_module
 from deploykit.metrics import differences
 from deploykit.store import Job, Made
 from deploykit.values import Array, Artifact, Difference, Feed, Json, TensorSpec, Value
@@ -104,7 +104,7 @@ def _export(
         {axis: name for axis, name in enumerate(spec.shape) if isinstance(name, str)}
         for spec in inputs
     )
-    example = torch_folder.examples(inputs, batch=2)
+    example = torch_module.examples(inputs, batch=2)
     try:
         with _quiet():
             torch.onnx.export(
@@ -210,7 +210,7 @@ def _proof(
     with open_session(artifact, "ort-cpu") as session:
         for size in sizes:
             feed = _feed(made.inputs, size, data)
-            want = torch_folder.run(module, made.inputs, feed)
+            want = torch_module.run(module, made.inputs, feed)
             found = differences(dict(zip(names, want, strict=True)), session.run(feed))
             worst.append(max(found, key=lambda d: d.max_relative))
     for size, gap in zip(sizes, worst, strict=True):
@@ -229,7 +229,7 @@ def _proof(
 
 def _feed(inputs: tuple[TensorSpec, ...], size: int, data: Dataset | None) -> Feed:
     if data is None:
-        tensors = torch_folder.examples(inputs, batch=size, seed=size)
+        tensors = torch_module.examples(inputs, batch=size, seed=size)
         return {s.name: t.numpy() for s, t in zip(inputs, tensors, strict=True)}
     feed, _ = next(data.batches(size))
     return {name: _padded(array, size) for name, array in feed.items()}

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from deploykit import store
 from deploykit.errors import InputError, StageError, UsageError, did_you_mean
-from deploykit.formats import torch_folder
+from deploykit.formats import torch_folder, torch_module
 from deploykit.formats.torch_folder import Description
 from deploykit.stages._prune_groups import Group
 from deploykit.stages._prune_surgeon import Surgeon
@@ -186,10 +186,10 @@ def _check_outputs(module: nn.Module, description: Description) -> None:
     """Run a batch of another size than any before. Raises StageError: the outputs differ."""
     import torch
 
-    probe = torch_folder.examples(description.inputs, batch=3)
+    probe = torch_module.examples(description.inputs, batch=3)
     try:
         with torch.inference_mode():
-            outputs = torch_folder.output_tensors(module(*probe))
+            outputs = torch_module.output_tensors(module(*probe))
         problem = _misfit(outputs, description.outputs)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         problem = f"it raises {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -211,7 +211,7 @@ def _size(module: nn.Module, inputs: tuple[TensorSpec, ...]) -> dict[str, int]:
     """Parameters, and multiply-accumulates of one sample in convolutions and matrix products."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    probe = torch_folder.examples(inputs)
+    probe = torch_module.examples(inputs)
     with FlopCounterMode(display=False) as counter:
         module(*probe)
     return {

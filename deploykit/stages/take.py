@@ -9,7 +9,7 @@ from pydantic import field_validator
 from deploykit import _files, store
 from deploykit._code import split_reference
 from deploykit.errors import InputError
-from deploykit.formats import torch_folder
+from deploykit.formats import checkpoint, torch_folder, torch_module
 from deploykit.formats.torch_folder import Description
 from deploykit.store import Job, Made
 from deploykit.values import BATCH, Artifact, Json, TensorSpec, Value
@@ -54,9 +54,9 @@ def take(options: TakeOptions, *, out: Path, force: bool = False) -> Artifact:
             digests[role] = _files.sha256(path)
 
     def work(folder: Path) -> Made:
-        module = torch_folder.construct(options.factory, options.arguments)
+        module = torch_module.construct(options.factory, options.arguments)
         if options.weights:
-            torch_folder.load_weights(module, options.weights)
+            checkpoint.load_weights(module, options.weights)
         outputs = output_specs(module.eval(), options.inputs, options.outputs)
         description = Description(
             factory=f"{torch_folder.FACTORY}:{name}" if source else options.factory,
@@ -98,7 +98,7 @@ def output_specs(
     shapes: list[list[tuple[int, ...]]] = []
     tensors: tuple[torch.Tensor, ...] = ()
     for batch in (2, 3):
-        examples = torch_folder.examples(inputs, batch=batch)
+        examples = torch_module.examples(inputs, batch=batch)
         try:
             with torch.inference_mode():
                 found = module(*examples)
@@ -110,7 +110,7 @@ def output_specs(
                 hint="correct the inputs: order, shapes and dtypes of forward's arguments; "
                 "integers are written name:1x128:int64",
             ) from error
-        tensors = torch_folder.output_tensors(found)
+        tensors = torch_module.output_tensors(found)
         shapes.append([tuple(t.shape) for t in tensors])
     if names and len(names) != len(tensors):
         raise InputError(

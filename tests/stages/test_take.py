@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from deploykit import store
 from deploykit.errors import InputError, StageError, UsageError
-from deploykit.formats import open_model, torch_folder
+from deploykit.formats import open_model, torch_folder, torch_module
 from deploykit.stages.take import TakeOptions, take
 from deploykit.values import Artifact, TensorSpec
 from tests.fixtures_core import content, refused
@@ -97,7 +97,7 @@ def options(nets: Path) -> Options:
 @pytest.fixture
 def checkpoint(nets: Path, tmp_path: Path) -> Path:
     path = tmp_path / "net.safetensors"
-    save_file(torch_folder.construct(f"{nets}:Net", {}).state_dict(), path)
+    save_file(torch_module.construct(f"{nets}:Net", {}).state_dict(), path)
     return path
 
 
