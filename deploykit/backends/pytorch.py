@@ -55,10 +55,11 @@ class PyTorchSession:
         torch.set_num_threads(self._threads)
         tensors = [torch.from_numpy(feed[spec.name].copy()) for spec in self.inputs]
         module = self._module
+        given, named = torch_module.arguments(module, self.inputs, tensors)
 
         def call() -> object:
             with torch.inference_mode():
-                return module(*tensors)
+                return module(*given, **named)
 
         return call
 

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from deploykit._lazy import needs
 from deploykit.errors import InputError, StageError
-from deploykit.formats.torch_module import examples, output_tensors
+from deploykit.formats.torch_module import call, examples, output_tensors
 from deploykit.values import TensorSpec
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 Edits = tuple[tuple[str, bool, tuple[int, ...]], ...]
@@ -43,7 +44,11 @@ def dependency_graph(module: nn.Module, inputs: tuple[TensorSpec, ...]) -> Any:
         import torch_pruning as tp
     for parameter in module.eval().parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    probe, run_flat = examples(inputs, batch=2), lambda model, x: output_tensors(model(*x))
+    probe = examples(inputs, batch=2)
+
+    def run_flat(model: nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return output_tensors(call(model, inputs, given))
+
     try:
         with torch.enable_grad():
             return tp.DependencyGraph().build_dependency(module, probe, run_flat, verbose=False)

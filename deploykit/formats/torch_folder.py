@@ -2,13 +2,15 @@
 
 `model.json` names the factory, its arguments and the pruning edits; `factory.py` is a copy of the
 factory's file (a factory of an installed package is named only); `weights.safetensors` holds the
-parameters and buffers.
+parameters and buffers; `examples.safetensors` the user's own example inputs, if there are any. An
+exported program is a copy of its file, `program.pt2`, in place of factory and weights.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,17 +19,19 @@ from pydantic import Field
 from deploykit._code import neighbours, split_reference
 from deploykit._lazy import needs
 from deploykit.errors import InputError, StageError
+from deploykit.formats import program_file
 from deploykit.formats.checkpoint import load_weights
 from deploykit.formats.torch_edits import Edits, replay
-from deploykit.formats.torch_module import construct, examples, output_tensors
+from deploykit.formats.torch_module import call, construct, examples, output_tensors
 from deploykit.store import read_json
-from deploykit.values import Artifact, Json, TensorSpec, Value, parse
+from deploykit.values import Artifact, Dimension, Json, TensorSpec, Value, parse
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-DESCRIPTION, WEIGHTS, FACTORY = "model.json", "weights.safetensors", "factory.py"
+DESCRIPTION, WEIGHTS, EXAMPLES = "model.json", "weights.safetensors", "examples.safetensors"
+FACTORY, PROGRAM = "factory.py", "program.pt2"
 
 
 class Description(Value):
@@ -35,10 +39,20 @@ class Description(Value):
 
     schema_: Literal["deploykit.torch/1"] = Field(default="deploykit.torch/1", alias="schema")
     factory: str
+    """`factory.py:function`, `package.module:function`, or `program.pt2`."""
     arguments: Json = {}
     edits: Edits = ()
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    dimensions: tuple[Dimension, ...] = ()
+    """The dynamic dimensions of which more is known than the name."""
+
+    @property
+    def every_dimension(self) -> tuple[Dimension, ...]:
+        """All dynamic dimensions of the inputs."""
+        known = {d.name: d for d in self.dimensions}
+        names = dict.fromkeys(d for s in self.inputs for d in s.shape if isinstance(d, str))
+        return tuple(known.get(name) or Dimension(name=name) for name in names)
 
 
 def describe(folder: Path) -> Description:
@@ -58,6 +72,8 @@ def load(artifact: Artifact) -> nn.Module:
         import torch
     folder = artifact.path
     description = describe(folder)
+    if description.factory == PROGRAM:
+        return program_file.load(folder / PROGRAM)
     with torch.inference_mode(mode=False):  # a caller's inference mode would forbid gradients
         module = construct(reference_in(folder, description), description.arguments)
         replay(module, description.edits, description.inputs, description.factory)
@@ -73,33 +89,75 @@ def reference_in(folder: Path, description: Description) -> str:
 
 def factory_file(folder: Path, description: Description) -> Path | None:
     """The copy of the factory's file; None for a factory of an installed package."""
+    if description.factory == PROGRAM:
+        return folder / PROGRAM
     is_file = split_reference(description.factory)[0].suffix == ".py"
     return folder / FACTORY if is_file else None
 
 
+def own_examples(folder: Path) -> dict[str, torch.Tensor]:
+    """The user's example inputs by name; {} if there are none."""
+    from safetensors.torch import load_file
+
+    path = folder / EXAMPLES
+    return load_file(path) if path.is_file() else {}
+
+
+def probe(
+    folder: Path,
+    *,
+    seed: int = 0,
+    inputs: tuple[TensorSpec, ...] | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Inputs for tracing and self-checks, of the usual sizes where `sizes` says no other.
+
+    `inputs` are the folder's, or these with some dimensions fixed.
+    """
+    description = describe(folder)
+    usual = {d.name: d.usual for d in description.every_dimension}
+    return examples(
+        inputs or description.inputs,
+        batch=2,
+        seed=seed,
+        sizes={**usual, **(sizes or {})},
+        like=own_examples(folder),
+    )
+
+
 def write(
-    module: nn.Module, description: Description, factory_source: Path | None, folder: Path
+    module: nn.Module,
+    description: Description,
+    factory_source: Path | None,
+    folder: Path,
+    own: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write the folder, load it again, and check that its outputs are equal to the bit.
 
-    `factory_source` is the file of the factory, None for one of a package. Raises StageError: the
-    folder does not give the same model (attributes outside factory, edits and weights matter), or
-    the factory imports what lies beside it.
+    `factory_source` is the file of the factory or program, None for a factory of a package; `own`
+    are the user's example inputs. Raises StageError: the folder does not give the same model
+    (attributes outside factory, edits and weights matter), or the factory imports what lies beside
+    it.
     """
     from safetensors.torch import save_file
 
-    if factory_source and (near := neighbours(factory_source)):
+    program = description.factory == PROGRAM
+    if factory_source and not program and (near := neighbours(factory_source)):
         raise StageError(
             f"{factory_source} imports its neighbour {near[0]!r}, which does not come along",
             hint="put the model into one file, or into a package (package.module:factory)",
         )
     folder.mkdir()
     if factory_source:
-        shutil.copyfile(factory_source, folder / FACTORY)
+        shutil.copyfile(factory_source, folder / (PROGRAM if program else FACTORY))
     text = json.dumps(description.model_dump(mode="json", by_alias=True), indent=1)
     (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
-    save_file(_unshared(module), folder / WEIGHTS)
-    (folder / WEIGHTS).chmod(0o644)
+    if not program:
+        save_file(_unshared(module), folder / WEIGHTS)
+        (folder / WEIGHTS).chmod(0o644)
+    if own:
+        save_file({name: t.detach().contiguous() for name, t in own.items()}, folder / EXAMPLES)
+        (folder / EXAMPLES).chmod(0o644)
     _check_reload(module, description, folder)
 
 
@@ -119,11 +177,11 @@ def _check_reload(module: nn.Module, description: Description, folder: Path) -> 
         path=folder, format="torch", precision="fp32",
         inputs=description.inputs, outputs=description.outputs, sha256="",
     )  # fmt: skip
-    probe = examples(description.inputs, batch=2)
+    given = probe(folder)
     training, again = module.training, load(artifact)
     with torch.inference_mode():
-        want = output_tensors(module.eval()(*probe))
-        have = output_tensors(again(*probe))
+        want = output_tensors(call(module.eval(), description.inputs, given))
+        have = output_tensors(call(again, description.inputs, given))
     module.train(training)
     if len(want) != len(have) or not all(map(_identical, want, have)):
         raise StageError(

@@ -43,7 +43,7 @@ class Model:
     def logits(self, batch: Lesson) -> torch.Tensor:
         """The first output."""
         tensors = [batch.inputs[spec.name] for spec in self.inputs]
-        return torch_module.output_tensors(self.module(*tensors))[0]
+        return torch_module.output_tensors(torch_module.call(self.module, self.inputs, tensors))[0]
 
     def all_logits(self, lesson: Lesson, size: int) -> torch.Tensor:
         """The first output for all samples, without gradients, in batches of `size`."""

@@ -88,7 +88,7 @@ def output_layers(
     try:
         with torch.enable_grad():
             probe = torch_module.examples(inputs, batch=2)
-            outputs = torch_module.output_tensors(module(*probe))
+            outputs = torch_module.output_tensors(torch_module.call(module, inputs, probe))
     finally:
         for hook in hooks:
             hook.remove()

@@ -88,7 +88,8 @@ class Surgeon:
 
         with torch.inference_mode():
             probe = torch_module.examples(self._inputs, batch=2, seed=1)
-            return torch_module.output_tensors(self.module(*probe))
+            called = torch_module.call(self.module, self._inputs, probe)
+            return torch_module.output_tensors(called)
 
 
 def _sized(spec: TensorSpec) -> TensorSpec:

@@ -86,6 +86,7 @@ def prune(source: Artifact, options: PruneOptions, *, out: Path, force: bool = F
             description.model_copy(update={"edits": (*description.edits, *edits)}),
             torch_folder.factory_file(source.path, description),
             folder,
+            torch_folder.own_examples(source.path),
         )
         return Made(
             format="torch",
@@ -189,7 +190,8 @@ def _check_outputs(module: nn.Module, description: Description) -> None:
     probe = torch_module.examples(description.inputs, batch=3)
     try:
         with torch.inference_mode():
-            outputs = torch_module.output_tensors(module(*probe))
+            called = torch_module.call(module, description.inputs, probe)
+            outputs = torch_module.output_tensors(called)
         problem = _misfit(outputs, description.outputs)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         problem = f"it raises {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -213,7 +215,7 @@ def _size(module: nn.Module, inputs: tuple[TensorSpec, ...]) -> dict[str, int]:
 
     probe = torch_module.examples(inputs)
     with FlopCounterMode(display=False) as counter:
-        module(*probe)
+        torch_module.call(module, inputs, probe)
     return {
         "parameters": sum(p.numel() for p in module.parameters()),
         "macs": counter.get_total_flops() // 2 // len(probe[0]),
