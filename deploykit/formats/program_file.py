@@ -20,7 +20,8 @@ from deploykit.errors import InputError
 from deploykit.values import BATCH, Dimension, TensorSpec
 
 if TYPE_CHECKING:
-    from torch import fx
+    import torch
+    from torch import nn
     from torch.export import ExportedProgram
 
 SUFFIX = ".pt2"
@@ -37,16 +38,33 @@ _NUMBER_FUNCTION = re.compile(r"(?!S$|Lambda$)[A-Z]\w*")
 _SYMBOL = re.compile(r"z?[su]f?\d+|True|False|oo|int_oo")
 
 
-def load(path: Path) -> fx.GraphModule:
-    """The program as a module, in the mode in which it was exported. Raises InputError as `read`.
+def load(path: Path) -> nn.Module:
+    """The program as a module that takes its inputs in their order, as it was when exported.
 
-    It cannot be trained.
+    It cannot be trained. Raises InputError as `read`.
     """
-    module: Any = read(path).module(check_guards=False)  # else it runs code that the file holds
-    module.train = lambda _mode=True: module  # torch's own raise
-    module.eval = lambda: module
-    made: fx.GraphModule = module
-    return made
+    with needs("torch"):
+        from torch import nn
+        from torch.utils import _pytree
+    program = read(path)
+    shape = program.call_spec.in_spec
+    assert shape is not None  # noqa: S101 - of a program that was saved it never is
+
+    class Program(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            # checking guards would run code that the file holds
+            self.program = program.module(check_guards=False)
+
+        def forward(self, *tensors: torch.Tensor) -> object:
+            positional, named = _pytree.tree_unflatten(tensors, shape)
+            return self.program(*positional, **named)
+
+        def train(self, mode: bool = True) -> Program:  # noqa: FBT001, FBT002 - as torch has it
+            del mode
+            return self
+
+    return Program()
 
 
 def read(path: Path) -> ExportedProgram:

@@ -182,7 +182,10 @@ def named_outputs(outputs: object) -> dict[str, torch.Tensor]:
             raise InputError(f"two outputs are named {name!r}", hint="name them apart")
         found[name] = value
     if not found:
-        raise InputError("the model gives no tensor", hint="return a tensor or several")
+        raise InputError(
+            f"the model gives {type(outputs).__name__}, and no tensor in it",
+            hint="wrap the model so that it returns a tensor or several",
+        )
     return {f"output_{name}" if name.isdigit() else name: value for name, value in found.items()}
 
 

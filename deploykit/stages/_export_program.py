@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import linecache
 import logging
 import sys
@@ -9,7 +10,7 @@ import sysconfig
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from itertools import chain
 from pathlib import Path
 from types import FrameType
@@ -154,9 +155,10 @@ def _watching() -> Iterator[Fixed]:
     def bounded(self: Any, symbol: Any, *rest: Any, **more: Any) -> Any:
         before = self.var_to_range.get(symbol)
         result = bound(self, symbol, *rest, **more)
-        if before is not None and self.var_to_range.get(symbol) != before:
+        after = self.var_to_range.get(symbol)
+        if before is not None and after != before:
             line = _user_line(sys._getframe(1))  # noqa: SLF001
-            found.setdefault(f"range of {symbol}", ("", line))
+            found.setdefault(f"range of {symbol}: {after}", ("", line))
         return result
 
     ShapeEnv._set_replacement = replaced  # type: ignore  # noqa: SLF001
@@ -208,7 +210,7 @@ def _check_dynamic(
             if not isinstance(name, str):
                 continue
             size, place = value.shape[axis], f"{spec.name}:{axis}={name}"
-            if isinstance(size, int):
+            if isinstance(size, int) or size.node.expr.is_number:
                 line = _made_by(symbols.get((index, axis), ""), fixed)
                 raise StageError(
                     f"the model fixes the dynamic dimension {place} at {size}, in {line}",
@@ -230,10 +232,12 @@ def _check_range(place: str, dimension: Dimension, bounds: Any, fixed: Fixed) ->
         return
     high = dimension.high is not None and bounds.upper < dimension.high
     if high or bounds.lower > max(2, dimension.low):
-        lines = [line for key, (_, line) in fixed.items() if key.startswith("range of ")]
+        end = f", {bounds.upper}]" if high else f"[{bounds.lower}, "
+        lines = [line for key, (_, line) in fixed.items() if "range of" in key and end in key]
+        low = bounds.lower if bounds.lower > 2 else dimension.low
         raise StageError(
-            f"the model bounds {place} to {bounds.lower}..{bounds.upper}, {dimension} was asked "
-            f"for; bounds come from {' and '.join(lines) or 'a line unknown'}",
+            f"the model bounds {place} to {low}..{bounds.upper} where {dimension} was asked for, "
+            f"in {(lines or [UNKNOWN])[0]}",
             hint="ask for a smaller range, or change that line",
         )
 
@@ -268,18 +272,16 @@ def _made_by(symbol: str, fixed: Fixed) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's warnings: its result is compared with the model instead."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+    """Silence the exporter's talk: its result is compared with the model instead."""
+    nowhere = io.StringIO()
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(nowhere), redirect_stderr(nowhere):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(disabled)
 
 
 def _failed(error: Exception) -> StageError:
