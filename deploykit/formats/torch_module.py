@@ -95,7 +95,8 @@ def examples(
 ) -> tuple[torch.Tensor, ...]:
     """Inputs for tracing and self-checks: the user's own, cut or repeated, where `like` has them.
 
-    Else random: normal floats, and zeros or ones for integers. A dynamic dimension that `sizes`
+    Else random: normal floats, and zeros or ones for integers; ones for those named as a mask,
+    since attention that sees nothing is undefined. A dynamic dimension that `sizes`
     does not name is 1, the first axis `batch`.
     """
     import torch
@@ -111,6 +112,8 @@ def examples(
             made.append(torch.from_numpy(resized(own[spec.name].numpy(), shape).copy()))
         elif dtype.is_floating_point:
             made.append(torch.randn(shape, generator=rng).to(dtype))
+        elif "mask" in spec.name:
+            made.append(torch.ones(shape, dtype=dtype))
         else:
             made.append(torch.randint(0, 2, shape, generator=rng).to(dtype))
     return tuple(made)

@@ -56,7 +56,7 @@ def capture(
         {axis: _auto(known[d]) for axis, d in enumerate(spec.shape) if isinstance(d, str)}
         for spec in inputs
     )
-    with _quiet(), _flat(module, inputs, example), _watching() as fixed:
+    with torch.no_grad(), _quiet(), _flat(module, inputs, example), _watching() as fixed:
         try:
             program = torch.export.export(module, tuple(example), dynamic_shapes=(axes,))
         except Exception as error:  # the exporter raises many kinds
@@ -80,7 +80,7 @@ def to_onnx(
         {axis: d for axis, d in enumerate(spec.shape) if isinstance(d, str)} for spec in inputs
     )
     try:
-        with _quiet():
+        with torch.no_grad(), _quiet():
             made = torch.onnx.export(
                 program,
                 input_names=[spec.name for spec in inputs],
