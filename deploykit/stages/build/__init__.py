@@ -12,14 +12,17 @@ from pydantic import Field
 
 from deploykit import store
 from deploykit._lazy import installed
-from deploykit._shapes import Shape, parse_shape
 from deploykit.errors import InputError, MissingError, StageError, UsageError, did_you_mean
 from deploykit.formats import onnx_file
+from deploykit.stages.build.account import check_precision, layer_kind, quantized_layers
+from deploykit.stages.build.options import BuildOptions, Flavour
+from deploykit.stages.build.profiles import Profile, shape_profile
 from deploykit.store import Job, Made
 from deploykit.values import Artifact, Json, Precision, TensorSpec, Value
 
-Flavour = Literal["auto", "tensorrt", "tensorrt-rtx"]
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+__all__ = ["INSTALL", "BuildOptions", "build", "shape_profile", "unavailable"]
+
 LIBRARIES = ("tensorrt", "tensorrt-rtx-cu13", "onnx")
 PORTABLE_FROM, FP8_FROM = 80, 89
 """Compute capabilities, times ten: what a portable engine is for, and what computes in FP8."""
@@ -27,23 +30,6 @@ INSTALL = (
     "pip install 'deploykit[tensorrt-rtx]' (builds without a GPU), or 'deploykit[tensorrt]' "
     "with the vendor's package index on a GPU host"
 )
-
-
-class BuildOptions(Value):
-    """How to build; shapes are written as trtexec writes them, `name:1x3x224x224`."""
-
-    flavour: Flavour = Field(
-        default="auto", description="tensorrt or tensorrt-rtx; auto takes the one installed"
-    )
-    min_shapes: tuple[str, ...] = Field(default=(), description="smallest shapes, name:1x3x224x224")
-    opt_shapes: tuple[str, ...] = Field(default=(), description="shapes to optimize for")
-    max_shapes: tuple[str, ...] = Field(default=(), description="largest shapes")
-    gpu: tuple[str, ...] = Field(
-        default=(),
-        description="compute capabilities to build for, such as sm89 (tensorrt-rtx only); "
-        "by default a portable engine for sm80 and newer",
-    )
-    optimization_level: int = Field(default=3, ge=0, le=5, description="builder effort, 0 to 5")
 
 
 def unavailable(flavour: Flavour = "auto") -> str | None:
@@ -92,53 +78,6 @@ def build(source: Artifact, options: BuildOptions, *, out: Path, force: bool = F
     return store.produce(job, work, out=out, force=force)
 
 
-Profile = dict[str, tuple[Shape, Shape, Shape]]
-"""Input name to its smallest, optimal and largest shape."""
-
-
-def shape_profile(inputs: tuple[TensorSpec, ...], options: BuildOptions) -> Profile:
-    """The optimization profile of the dynamic inputs.
-
-    A missing smallest or largest shape is the optimal one. Raises UsageError: an unknown name, a
-    dynamic input without shapes, or shapes that do not fit it.
-    """
-    kinds = (options.min_shapes, options.opt_shapes, options.max_shapes)
-    low, best, high = (dict(map(parse_shape, texts)) for texts in kinds)
-    names = [spec.name for spec in inputs]
-    for name in {**low, **best, **high}:
-        if name not in names:
-            raise UsageError(f"no input is called {name!r}", hint=did_you_mean(name, names))
-    profile: Profile = {}
-    for spec in inputs:
-        if all(isinstance(d, int) for d in spec.shape):
-            continue
-        opt = best.get(spec.name) or high.get(spec.name) or low.get(spec.name)
-        if opt is None:
-            raise UsageError(
-                f"the input {spec} has dynamic dimensions and no shapes",
-                hint=f"give --opt-shapes {spec.name}:{'x'.join(map(str, spec.fixed({})))} "
-                "(and --min-shapes, --max-shapes)",
-            )
-        shapes = (low.get(spec.name, opt), opt, high.get(spec.name, opt))
-        _check_profile(spec, shapes)
-        profile[spec.name] = shapes
-    return profile
-
-
-def _check_profile(spec: TensorSpec, shapes: tuple[Shape, Shape, Shape]) -> None:
-    fits = all(
-        len(shape) == len(spec.shape)
-        and all(isinstance(d, str) or d == n for d, n in zip(spec.shape, shape, strict=False))
-        for shape in shapes
-    )
-    if not fits or not all(a <= b <= c for a, b, c in zip(*shapes, strict=True)):
-        text = ", ".join("x".join(map(str, shape)) for shape in shapes)
-        raise UsageError(
-            f"the shapes {text} (min, opt, max) do not fit the input {spec}",
-            hint="same rank, equal fixed dimensions, and min <= opt <= max",
-        )
-
-
 def _build(
     trt: Any, flavour: str, source: Artifact, options: BuildOptions, profile: Profile
 ) -> tuple[bytes, Json]:
@@ -163,17 +102,17 @@ def _build(
             f"{flavour} cannot build {source.path}: {log.last or 'no reason given'}",
             hint="check the shapes; --opt-shapes must be ones that the model really takes",
         )
-    layers = Counter(_layer_kind(network.get_layer(i)) for i in range(network.num_layers))
+    layers = Counter(layer_kind(network.get_layer(i)) for i in range(network.num_layers))
     facts: Json = {
         "flavour": flavour,
         "flavour_version": trt.__version__,
         "compute_capabilities": capabilities,
         "profile": {name: [list(s) for s in shapes] for name, shapes in profile.items()},
         "network_layers": dict(layers.most_common()),
-        **_quantized_layers(network),
+        **quantized_layers(network),
         "ran_on_gpu": False,
     }
-    _check_precision(source.precision, facts["network_layers"])
+    check_precision(source.precision, facts["network_layers"])
     return bytes(plan), facts
 
 
@@ -217,49 +156,6 @@ def _refused(parser: Any, source: Artifact) -> StageError:
         if quantized
         else "export with another opset, or leave out what it names",
     )
-
-
-def _check_precision(asked: Precision, layers: Mapping[str, int]) -> None:
-    wanted = {"int8": "quantize", "fp8": "quantize", "int4": "dequantize"}.get(asked)
-    if wanted and not layers.get(wanted):
-        raise StageError(
-            f"the parsed network has no quantized layer although the file is {asked.upper()}",
-            hint="quantize with --target tensorrt",
-        )
-
-
-def _quantized_layers(network: Any) -> Json:
-    """How many convolutions and matrix products read dequantized operands alone.
-
-    Of the parsed network: those TensorRT computes on integers (or float8), whatever kernels it
-    picks; the engine itself tells its kernels on a GPU only.
-    """
-    layers = [network.get_layer(i) for i in range(network.num_layers)]
-    makers = {layer.get_output(i).name: layer for layer in layers for i in range(layer.num_outputs)}
-
-    def dequantized(tensor: Any) -> bool:
-        layer = makers.get(tensor.name)
-        while layer is not None and _layer_kind(layer) in _CARRIES:
-            layer = makers.get(layer.get_input(0).name)
-        return layer is not None and _layer_kind(layer) == "dequantize"
-
-    heavy = [layer for layer in layers if _layer_kind(layer) in _OPERANDS]
-    quantized = [
-        layer
-        for layer in heavy
-        if all(dequantized(layer.get_input(i)) for i in range(_OPERANDS[_layer_kind(layer)]))
-    ]
-    return {"compute_layers": len(heavy), "compute_layers_quantized": len(quantized)}
-
-
-_OPERANDS = {"convolution": 2, "deconvolution": 2, "matrix_multiply": 2}
-"""Layers that hold the work, and how many of their inputs are no bias."""
-_CARRIES = frozenset({"shuffle", "identity"})
-"""Layers that pass values on unchanged."""
-
-
-def _layer_kind(layer: Any) -> str:
-    return str(layer.type).rsplit(".", maxsplit=1)[-1].lower()
 
 
 def _logger(trt: Any) -> Any:
