@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deploykit import _files, gpu, store
+from deploykit._tensorrt import DISTRIBUTIONS
 from deploykit.dataset import Dataset
 from deploykit.errors import InputError
 from deploykit.formats import onnx_file
@@ -19,7 +20,7 @@ from deploykit.values import Artifact
 
 __all__ = ["INSTALL", "BuildOptions", "build", "shape_profiles", "unavailable"]
 
-LIBRARIES = (*flavour.DISTRIBUTIONS, "onnx")
+LIBRARIES = (*DISTRIBUTIONS.values(), "onnx")
 
 
 def build(

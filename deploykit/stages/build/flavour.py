@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from deploykit import gpu
 from deploykit._lazy import installed
+from deploykit._tensorrt import MODULES
 from deploykit.errors import MissingError, UsageError
 from deploykit.stages.build.options import BuildOptions, Flavour
 
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-DISTRIBUTIONS = ("tensorrt", "tensorrt-rtx-cu13")
 INSTALL = (
     "pip install 'deploykit[tensorrt-rtx]' (builds without a GPU), or 'deploykit[tensorrt]' "
     "with the vendor's package index on a GPU host"

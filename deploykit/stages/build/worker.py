@@ -13,8 +13,10 @@ from threading import Event, Lock, Thread
 from typing import Any, TextIO
 
 from deploykit import gpu
+from deploykit._tensorrt import logger
 from deploykit.errors import DeploykitError, ResourceError, StageError
-from deploykit.stages.build import account, inspector, refusal, timing_cache
+from deploykit.formats import engine_file, engine_layers
+from deploykit.stages.build import account, refusal, timing_cache
 from deploykit.stages.build.configure import configure
 from deploykit.stages.build.exchange import Answer, Request
 from deploykit.values import Json
@@ -99,12 +101,28 @@ def build(request: Request, channel: Channel) -> Json:
         "profiles": [_plain(profile) for profile in request.profiles],
         "timing_cache": cache_facts,
         "warnings": log.warnings,
+        "sealed": engine_file.seal(bytes(plan)),
     }
     found = account.of_network(trt, network, request.profiles)
     if gpu.unavailable() is None:
-        found |= inspector.of_plan(trt, plan, log)
+        found |= _inspected(trt, plan, log)
     account.check(found, request)
     return {**facts, **found}
+
+
+def _inspected(trt: Any, plan: Any, log: Any) -> Json:
+    """What the engine's inspector tells, on the GPU that built it.
+
+    Raises StageError: the engine that was just built does not load.
+    """
+    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
+    if engine is None:
+        raise StageError(
+            f"the engine does not load on the machine that built it: {log.told()}",
+            hint="see `deploykit doctor`; with --gpu, name this machine's GPU too",
+        )
+    inspector = engine.create_engine_inspector()
+    return engine_layers.account(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 def _builder(trt: Any, request: Request, log: Any) -> Any:
@@ -118,28 +136,6 @@ def _builder(trt: Any, request: Request, log: Any) -> Any:
 
 def _plain(profile: dict[str, Any]) -> Json:
     return {name: [list(shape) for shape in shapes] for name, shapes in profile.items()}
-
-
-def logger(trt: Any) -> Any:
-    """A logger that keeps what it hears: TensorRT reports by None and the log, not by raising."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self.warnings: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            first = (message.splitlines() or [""])[0]
-            if severity <= trt.ILogger.Severity.ERROR:
-                self.errors.append(first)
-            elif severity == trt.ILogger.Severity.WARNING and first not in self.warnings[:50]:
-                self.warnings.append(first)
-
-        def told(self) -> str:
-            return self.errors[-1] if self.errors else "no reason given"
-
-    return Logger()
 
 
 def _monitor(trt: Any, channel: Channel) -> Any:

@@ -1,13 +1,11 @@
-"""What a built engine computes in, from TensorRT's own inspector; needs a GPU."""
+"""What a built engine computes in, by the JSON of TensorRT's own inspector."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import Counter
-from typing import Any
 
-from deploykit.errors import StageError
 from deploykit.values import Json
 
 _KINDS = {
@@ -22,22 +20,7 @@ _WORK = re.compile(r"conv|gemm|matmul|matrixmultiply|fc\b", re.IGNORECASE)
 _NO_KERNEL = frozenset({"constant", "shape host to device", "noop", "signal", "wait"})
 
 
-def of_plan(trt: Any, plan: Any, log: Any) -> Json:
-    """Layers by precision and the reformats of a serialized engine.
-
-    Raises StageError: the engine that was just built does not load.
-    """
-    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
-    if engine is None:
-        raise StageError(
-            f"the engine does not load on the machine that built it: {log.told()}",
-            hint="see `deploykit doctor`; check driver and library versions",
-        )
-    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    return of_text(text)
-
-
-def of_text(text: str) -> Json:
+def account(text: str) -> Json:
     """The account of an inspector's JSON (verbosity DETAILED): layers, precisions, reformats."""
     layers = [layer for layer in json.loads(text).get("Layers", ()) if isinstance(layer, dict)]
     kernels = [lay for lay in layers if str(lay.get("LayerType", "")).lower() not in _NO_KERNEL]
@@ -50,6 +33,7 @@ def of_text(text: str) -> Json:
         "engine_compute_layers_by_precision": dict(Counter(map(precision, heavy)).most_common()),
         "reformats": reformats,
         "accounted_from": "the parsed network, and the engine's inspector",
+        "ran_on_gpu": True,
     }
 
 
