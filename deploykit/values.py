@@ -250,6 +250,8 @@ class SessionOptions(Value):
     simulate: bool = False
     """Round at each Q/DQ pair and compute in float between them, as the file says: what integers
     give on a machine that sums their products exactly. ONNX Runtime only."""
+    cuda_graph: bool = False
+    """Capture copies and kernels once for each shape and launch them as a whole. Engines only."""
 
 
 class Measurement(Value):

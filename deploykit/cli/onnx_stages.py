@@ -80,10 +80,30 @@ def _promise(max_drop: str | None, reference: str | None, metric: str | None) ->
 @click.command("build", help=COMMANDS["build"][1])
 @click.argument("model")
 @_common.output_option
+@click.option("--shapes-from", help="Data whose real shapes the optimization profile spans.")
 @_options.fields(BuildOptions)
 @_common.force_option
 @_common.json_option
-def build_command(model: str, output: Path, *, force: bool, as_json: bool, **given: Any) -> None:
+def build_command(
+    model: str,
+    output: Path,
+    *,
+    shapes_from: str | None,
+    force: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
     """Build an engine."""
-    artifact = build(open_model(model), _options.make(BuildOptions, given), out=output, force=force)
+    source, options = open_model(model), _options.make(BuildOptions, given)
+    data = _common.data(shapes_from)
+    with Terminal() as terminal:
+        terminal.step(model, "build")
+        artifact = build(
+            source,
+            options,
+            out=output,
+            data=data,
+            force=force,
+            talk=lambda text, done, total: terminal.progress(done, total, text),
+        )
     _common.made(artifact, as_json=as_json)

@@ -292,6 +292,6 @@ def test_an_engine_that_nothing_here_runs_is_told(linear: Artifact, data: Datase
     with pytest.raises(MissingError, match="GPU sm90 required, no GPU found"):
         verify(out, environment=no_gpu)
     found = verify(out, environment=gpu_host)
-    assert found.engines[0].golden_not_run == "this version of deploykit runs no engine models"
+    assert found.engines[0].golden_not_run == golden.no_runner("engine")
     assert "golden inputs not run" in found.checks[-2]
     assert "within tolerance" in found.checks[-1]
