@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from deploykit._lazy import needs
 from deploykit.errors import InputError
 from deploykit.formats import onnx_file
-from deploykit.stages.quantize.graph import drop_unused, name_nodes, subgraph_nodes
+from deploykit.formats.onnx_graph import drop_unused, name_nodes, subgraph_nodes
 
 if TYPE_CHECKING:
     import onnx
