@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from deploykit.recipe import read_recipe as read_recipe
     from deploykit.stages.build import BuildOptions as BuildOptions
     from deploykit.stages.build import build as build
+    from deploykit.stages.convert import ConvertOptions as ConvertOptions
+    from deploykit.stages.convert import convert as convert
     from deploykit.stages.distill import DistillOptions as DistillOptions
     from deploykit.stages.distill import distill as distill
     from deploykit.stages.export import ExportOptions as ExportOptions
@@ -67,6 +69,7 @@ _HOME = {
     "pipeline": ("run",),
     "recipe": ("read_recipe",),
     "stages.build": ("BuildOptions", "build"),
+    "stages.convert": ("ConvertOptions", "convert"),
     "stages.distill": ("DistillOptions", "distill"),
     "stages.export": ("ExportOptions", "export"),
     "stages.prune": ("PruneOptions", "prune"),

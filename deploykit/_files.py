@@ -111,31 +111,49 @@ def _unwritable(out: Path, error: OSError) -> DeploykitError:
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """Give a temporary path beside `out`; on success it takes the place of `out` in one step.
+    """Give a temporary path of the same name; on success it takes the place of `out` in one step.
 
-    The block may make a file or a folder there. On any error the temporary path is removed and
-    `out` is as it was. Raises ResourceError: the disk is full. UsageError: there is no such folder
-    and none can be made.
+    The block may make a file or a folder there, and further files beside it that it needs (their
+    names must tell their content: they come first, and replace what has their name). On any error
+    all of it is removed and `out` is as it was. Raises ResourceError: the disk is full. UsageError:
+    there is no such folder and none can be made.
     """
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        _sweep(out)
+        token = secrets.token_hex(4)
+        folder = out.with_name(f".{out.name}.tmp-{os.getpid()}-{token}")
+        folder.mkdir()
     except OSError as error:
         raise _unwritable(out, error) from error
-    _sweep(out)
-    token = secrets.token_hex(4)
-    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}-{token}{out.suffix}")
     try:
-        yield temporary
+        yield folder / out.name
         _interrupt.check()
-        _sync(temporary)
-        _replace(temporary, out)
-        _sync_folder(out.absolute().parent)
+        for path in folder.iterdir():
+            _sync(path)
+        _publish(folder, out)
     except Exception as error:
         if full := _full(error):
             raise _unwritable(out, full) from error
         raise
     finally:
-        remove(temporary)
+        remove(folder)
+
+
+def _publish(folder: Path, out: Path) -> None:
+    """Move what lies in `folder` to where `out` is to lie, `out` last."""
+    parent, new = out.absolute().parent, []
+    try:
+        for path in sorted(folder.iterdir()):
+            if path.name != out.name:
+                new += [] if (parent / path.name).exists() else [parent / path.name]
+                _replace(path, parent / path.name)
+        _replace(folder / out.name, out)
+    except OSError:
+        for path in new:
+            remove(path)
+        raise
+    _sync_folder(parent)
 
 
 def _full(error: BaseException | None) -> OSError | None:

@@ -183,8 +183,15 @@ class Artifact(Value):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     sha256: str
+    weights: tuple[str, ...] = ()
+    """Files that hold its weights, relative to its folder: the external data of an ONNX model."""
     preprocessing: Preprocessing | None = None
     history: tuple[StageRecord, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The model and the files of its weights."""
+        return (self.path, *(self.path.parent / name for name in self.weights))
 
     @property
     def facts(self) -> Json:

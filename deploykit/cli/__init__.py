@@ -14,6 +14,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prune": ("torch_stages", "Remove channels of a PyTorch model."),
     "distill": ("torch_stages", "Train a student to follow a teacher."),
     "export": ("torch_stages", "Export a PyTorch model to ONNX, proven against PyTorch."),
+    "convert": (
+        "onnx_stages",
+        "Rewrite an ONNX model in FP16, BF16 or a newer opset, proven on data.",
+    ),
     "quantize": (
         "onnx_stages",
         "Quantize an ONNX model to INT8, FP8 or INT4 Q/DQ, on calibration data.",

@@ -14,8 +14,8 @@ from deploykit.dataset import Dataset
 from deploykit.environment import has_int8_dot_product, is_arm
 from deploykit.environment import read as read_environment
 from deploykit.errors import AnswerIsNo, InputError, UsageError, did_you_mean
+from deploykit.formats.onnx_graph import Graph, matches
 from deploykit.stages.quantize import gain, guard, placement, sound
-from deploykit.stages.quantize.graph import Graph, matches
 from deploykit.stages.quantize.lab import Lab, Point, Talk, pareto
 from deploykit.stages.quantize.methods import EXACT, Method
 from deploykit.stages.quantize.options import QuantizeOptions

@@ -8,8 +8,8 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from deploykit.errors import AnswerIsNo, InputError, UsageError, did_you_mean
+from deploykit.formats.onnx_graph import modules, multiply_accumulates
 from deploykit.stages.quantize.clock import times, times_of_float
-from deploykit.stages.quantize.graph import modules, multiply_accumulates
 from deploykit.stages.quantize.lab import Lab, Point
 from deploykit.stages.quantize.search import PROBED
 from deploykit.values import Artifact, Json

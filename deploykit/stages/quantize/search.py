@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from deploykit.errors import AnswerIsNo, InputError
+from deploykit.formats.onnx_graph import multiply_accumulates
 from deploykit.stages.quantize import clock
-from deploykit.stages.quantize.graph import multiply_accumulates
 from deploykit.stages.quantize.lab import Damage, Lab, Point, pareto
 from deploykit.stages.quantize.workshop import Correction, Variant
 

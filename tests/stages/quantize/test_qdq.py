@@ -15,14 +15,14 @@ from deploykit.dataset import Dataset
 from deploykit.environment import has_int8_dot_product
 from deploykit.errors import AnswerIsNo
 from deploykit.evaluation import collect
+from deploykit.formats.onnx_graph import Graph
 from deploykit.metrics import sqnr_db
 from deploykit.stages.quantize import preset
-from deploykit.stages.quantize.graph import Graph
 from deploykit.stages.quantize.placement import chosen
 from deploykit.stages.quantize.presets import SCOPES, Target
 from deploykit.stages.quantize.workshop import Variant, Workshop
 from deploykit.values import Array, Artifact, SessionOptions
-from tests.stages.quantize.test_graph import CONV, normal, parsed, stored
+from tests.formats.test_onnx_graph import CONV, normal, parsed, stored
 
 TARGETS: tuple[Target, ...] = ("ort-cpu", "openvino", "tensorrt")
 RUNTIMES = [

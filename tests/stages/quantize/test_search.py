@@ -20,16 +20,16 @@ from hypothesis import strategies as st
 from deploykit.backends import open_session
 from deploykit.dataset import Dataset, open_dataset
 from deploykit.errors import AnswerIsNo, InputError, StageError
+from deploykit.formats.onnx_graph import Graph
 from deploykit.session import Session
 from deploykit.stages.build import BuildOptions, build, unavailable
 from deploykit.stages.quantize import Promise, QuantizeOptions, lab, quantize, sound, workshop
-from deploykit.stages.quantize.graph import Graph
 from deploykit.stages.quantize.lab import Point, pareto
 from deploykit.stages.quantize.prepare import prepare
 from deploykit.stages.quantize.search import Damage, _worth, search
 from deploykit.stages.quantize.workshop import Correction, Variant
 from deploykit.values import Array, Artifact, Feed, Interval, Json, SessionOptions
-from tests.stages.quantize.test_graph import CONV, normal, parsed, stored
+from tests.formats.test_onnx_graph import CONV, normal, parsed, stored
 from tests.stages.quantize.test_qdq import follow
 
 search_module = importlib.import_module("deploykit.stages.quantize.search")

@@ -11,7 +11,7 @@ from deploykit.dataset import Dataset
 from deploykit.stages.build import BuildOptions, build, unavailable
 from deploykit.stages.quantize import QuantizeOptions, placement, quantize
 from deploykit.values import Artifact
-from tests.stages.quantize.test_graph import CONV, normal, parsed, stored
+from tests.formats.test_onnx_graph import CONV, normal, parsed, stored
 from tests.stages.quantize.test_qdq import CASES, IMAGE, TWO, Case
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
