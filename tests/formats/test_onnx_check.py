@@ -116,8 +116,11 @@ def test_an_output_of_another_type_than_declared(tmp_path: Path) -> None:
 def test_a_bomb_goes_off_in_the_child(tmp_path: Path) -> None:
     """A constant of 4 TB, which the runtime folds when it loads the model."""
     shape = numpy_helper.from_array(np.array([10**6, 10**6], np.int64), "s")
-    nodes = [helper.make_node("ConstantOfShape", ["s"], ["c"]), helper.make_node("ReduceMax", ["c"], ["m"]),
-             helper.make_node("Add", ["x", "m"], ["y"])]  # fmt: skip
+    nodes = [
+        helper.make_node("ConstantOfShape", ["s"], ["c"]),
+        helper.make_node("ReduceMax", ["c"], ["m"]),
+        helper.make_node("Add", ["x", "m"], ["y"]),
+    ]
     path = saved(tmp_path, model(nodes=nodes, initializer=[shape], outputs=[value("y")]))
     with refused(ResourceError, path, "memory", hint="do not load it"):
         open_model(path)
