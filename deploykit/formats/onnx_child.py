@@ -91,7 +91,7 @@ def _load(path: Path) -> None:
             ) from error
         raise InputError(
             f"{path}: ONNX Runtime does not load it: {onnx_file.line(error)}",
-            hint="`deploykit inspect` shows what is in it; export it again, or with another opset",
+            hint="export it again, or with another opset",
         ) from error
 
 

@@ -169,7 +169,7 @@ def describe(artifact: Artifact) -> str:
     for key, text in (
         ("parameters_after", "{:,} parameters"),
         ("compute_nodes_quantized", "{} of {compute_nodes} compute nodes quantized"),
-        ("largest_relative_difference", "differs from PyTorch by {:.0e} of the largest output"),
+        ("largest_relative_difference", "differs from its source by {:.0e} of the largest output"),
     ):
         if key in facts:
             told.append(text.format(facts[key], **facts))

@@ -30,7 +30,7 @@ OPSETS = {"fp32": 13, "fp16": 13, "bf16": 22}
 HALF_SCALES = 19
 """The lowest whose Q/DQ pairs have scales of 16 bits."""
 TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
-SAMPLES = 64
+SAMPLES = 32
 
 
 class ConvertOptions(Value):
@@ -181,10 +181,12 @@ def _lowered(lab: Lab, graph: Graph, options: ConvertOptions) -> tuple[onnx.Mode
     for name in [n for n in able if any(matches(graph.nodes[n], p) for p in options.keep_float)]:
         why[name] = "left in float32 by request"
         del able[name]
-    _keep(able, why, lab.overflowing(graph, able, kind))
-    tolerance = options.tolerance or TOLERANCES[kind]
-    kept, simulated = lab.lossy(graph, able, kind, tolerance)
-    _keep(able, why, kept)
+    tolerance, simulated = options.tolerance or TOLERANCES[kind], 0.0
+    if able:
+        _keep(able, why, lab.overflowing(graph, able, kind))
+    if able:
+        kept, simulated = lab.lossy(graph, able, kind, tolerance)
+        _keep(able, why, kept)
     work = multiply_accumulates(graph.model, graph)
     lowered, total = sum(work[name] for name in able), sum(work.values())
     if not able or (total and not lowered):
