@@ -204,6 +204,8 @@ def _found(lab: Lab, point: Point, probed: Json) -> Json:
         "candidates": [p.told for p in lab.points],
         "pareto": [p.name for p in pareto(lab.points)],
         "float_score": lab.float_score and lab.float_score.score.value,
+        "metric": lab.promise and lab.promise.metric,
+        "max_drop": lab.promise and lab.float_score and lab.promise.limit(lab.float_score),
         "chosen": point.told,
         "damage": gain.rows(lab, probed),
         "probe": totals or None,

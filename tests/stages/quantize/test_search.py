@@ -432,13 +432,13 @@ def test_a_promise_that_cannot_be_kept_is_a_no_with_what_was_tried(tmp_path: Pat
     with pytest.raises(AnswerIsNo) as caught:
         quantize(source, FIXED, data=data, out=tmp_path / "q.onnx", promise=promise)
     told = str(caught.value)
-    assert "no INT8 model keeps cosine within 0.0000 of 1.0000" in told
+    assert "no INT8 model keeps cosine within 0 of 1" in told
     assert "drop and time over float of what was tried" in caught.value.hint
     assert "the nearest is compute-minmax-" in told
     nearest = told.split("the nearest is ")[1].split(",", maxsplit=1)[0]
     hint = caught.value.hint
     assert "was tried: compute-minmax: drop " in hint
-    assert f"{nearest}: drop 0.000" in hint
+    assert f"{nearest}: drop " in hint
     assert not (tmp_path / "q.onnx").exists()
 
 
