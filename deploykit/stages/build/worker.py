@@ -101,8 +101,8 @@ def build(request: Request, channel: Channel) -> Json:
         "profiles": [_plain(profile) for profile in request.profiles],
         "timing_cache": cache_facts,
         "warnings": log.warnings,
-        "sealed": engine_file.seal(bytes(plan)),
     }
+    facts["sealed"] = engine_file.seal(bytes(plan), facts)
     found = account.of_network(trt, network, request.profiles)
     if gpu.unavailable() is None:
         found |= _inspected(trt, plan, log)
