@@ -20,7 +20,7 @@ from deploykit.store import Job, Made
 from deploykit.values import Artifact, Interval, Json
 
 PLAN = bytes(range(256)) * 8
-ADA = Gpu(name="fake Ada", compute_capability="sm89", memory_bytes=1 << 30, driver="13.0")
+ADA = Gpu(name="fake Ada", compute_capability="sm89", memory_bytes=1 << 30)
 FACTS: Json = {
     "flavour": "tensorrt-rtx",
     "flavour_version": "1.7.1.116",

@@ -18,7 +18,7 @@ from deploykit.stages.build.exchange import Request
 from deploykit.stages.build.worker import Channel
 from deploykit.values import Json
 
-HOPPER = Gpu(name="fake Hopper", compute_capability="sm90", memory_bytes=1, driver="13.0")
+HOPPER = Gpu(name="fake Hopper", compute_capability="sm90", memory_bytes=1)
 PLAN = b"fake plan"
 
 
