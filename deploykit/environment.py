@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
-import subprocess
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from deploykit import gpu
+from deploykit.gpu import Gpu
 from deploykit.values import Value
 
 LIBRARIES = (
@@ -25,15 +25,6 @@ CPU_FEATURES = (
 
 INT8_DOT_PRODUCT = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 """Any one of them sums 8-bit products in 32 bits."""
-
-
-class Gpu(Value):
-    """An NVIDIA GPU."""
-
-    name: str
-    compute_capability: str
-    """`9.0`"""
-    memory_bytes: int
 
 
 class Environment(Value):
@@ -58,7 +49,7 @@ class Environment(Value):
 
 def read() -> Environment:
     """Describe this machine now."""
-    gpus, driver = _gpus()
+    gpus = gpu.devices()
     return Environment(
         system=f"{platform.system()} {platform.release()}",
         machine=platform.machine(),
@@ -73,8 +64,8 @@ def read() -> Environment:
         libraries=versions(LIBRARIES),
         load_average=os.getloadavg()[0],
         virtual_machine="hypervisor" in _cpuinfo(),
-        gpus=gpus,
-        driver=driver,
+        gpus=() if isinstance(gpus, str) else gpus,
+        driver=gpu.driver(),
     )
 
 
@@ -107,34 +98,6 @@ def has_int8_dot_product() -> bool:
 def is_arm() -> bool:
     """Whether this is a 64-bit Arm CPU."""
     return platform.machine().lower() in ("aarch64", "arm64")
-
-
-@cache
-def _gpus() -> tuple[tuple[Gpu, ...], str | None]:
-    """The GPUs and their driver as nvidia-smi tells them; none where it is missing or fails."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return (), None
-    columns = "name,compute_cap,memory.total,driver_version"
-    command = [tool, f"--query-gpu={columns}", "--format=csv,noheader,nounits"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-        return parse_gpus(told.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return (), None
-
-
-def parse_gpus(text: str) -> tuple[tuple[Gpu, ...], str | None]:
-    """GPUs and driver from nvidia-smi's lines `name, 9.0, 81559, 570.1`, memory in MiB.
-
-    Raises ValueError: other lines.
-    """
-    rows = [line.split(", ") for line in text.splitlines() if line.strip()]
-    gpus = tuple(
-        Gpu(name=name, compute_capability=capability, memory_bytes=int(memory) << 20)
-        for name, capability, memory, _ in rows
-    )
-    return gpus, rows[0][3] if rows else None
 
 
 @cache

@@ -179,7 +179,7 @@ class TensorRtSession:
             raise InputError(
                 f"{self._artifact.path}: the size of {buffers.data_dependent[0]!r} depends on the "
                 "data, which no CUDA graph can hold",
-                hint="run it without --cuda-graph",
+                hint="open it without cuda_graph in its SessionOptions",
             )
         buffers.run(staged)  # what TensorRT does once must not be captured
         graph = Graph(self._cuda.stream, lambda: buffers.enqueue(staged))

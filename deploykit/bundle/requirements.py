@@ -75,7 +75,7 @@ def mismatches(requires: Requirements, machine: Environment) -> list[str]:
 def _gpu_mismatches(requires: Requirements, machine: Environment) -> list[str]:
     """The GPU and its driver; each GPU of the machine must do, the server may take any."""
     found = []
-    have = [f"sm{gpu.compute_capability.replace('.', '')}" for gpu in machine.gpus]
+    have = [gpu.compute_capability for gpu in machine.gpus]
     if requires.gpus and (not have or not all(_runs_on(sm, requires.gpus) for sm in have)):
         none = "no GPU"
         need = " or ".join(requires.gpus)
@@ -139,7 +139,7 @@ def _gpus(artifact: Artifact, machine: Environment) -> tuple[str, ...]:
         return tuple(f"{match[1]}+" for match in portable)
     if told and all(re.fullmatch(r"sm\d+", text) for text in told):
         return told
-    here = tuple(f"sm{gpu.compute_capability.replace('.', '')}" for gpu in machine.gpus)
+    here = tuple(gpu.compute_capability for gpu in machine.gpus)
     if not here:
         raise InputError(
             f"{artifact.path}: its record does not say for which GPU it was built, and this "

@@ -24,14 +24,14 @@ def account(text: str) -> Json:
     """The account of an inspector's JSON (verbosity DETAILED): layers, precisions, reformats."""
     layers = [layer for layer in json.loads(text).get("Layers", ()) if isinstance(layer, dict)]
     kernels = [lay for lay in layers if str(lay.get("LayerType", "")).lower() not in _NO_KERNEL]
-    reformats = [lay["Name"] for lay in kernels if "reformat" in str(lay.get("LayerType")).lower()]
-    heavy = [lay for lay in kernels if _WORK.search(f"{lay.get('LayerType')} {lay.get('Name')}")]
-    heavy = [lay for lay in heavy if lay.get("Name") not in reformats]
+    reformats = [lay for lay in kernels if "reformat" in str(lay.get("LayerType")).lower()]
+    rest = [lay for lay in kernels if lay not in reformats]
+    heavy = [lay for lay in rest if _WORK.search(f"{lay.get('LayerType')} {lay.get('Name')}")]
     return {
         "engine_layers": len(kernels),
         "engine_layers_by_precision": dict(Counter(map(precision, kernels)).most_common()),
         "engine_compute_layers_by_precision": dict(Counter(map(precision, heavy)).most_common()),
-        "reformats": reformats,
+        "reformats": [str(lay.get("Name", "")) for lay in reformats],
         "accounted_from": "the parsed network, and the engine's inspector",
         "ran_on_gpu": True,
     }

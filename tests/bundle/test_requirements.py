@@ -12,15 +12,15 @@ from onnx import TensorProto, helper
 from deploykit import environment
 from deploykit.bundle import Requirements
 from deploykit.bundle.requirements import RUNTIMES, mismatches, requirements
-from deploykit.environment import Gpu
 from deploykit.errors import InputError, UsageError
 from deploykit.formats import open_model
+from deploykit.gpu import Gpu
 from deploykit.values import Artifact
 from tests.bundle.small_models import save, save_engine, save_int8, save_linear
 
 HERE = environment.read()
 VNNI = HERE.model_copy(update={"cpu_features": ("avx2", "avx512_vnni")})
-HOPPER = Gpu(name="H100", compute_capability="9.0", memory_bytes=1)
+HOPPER = Gpu(name="H100", compute_capability="sm90", memory_bytes=1)
 AVX2 = HERE.model_copy(update={"cpu_features": ("avx2",)})
 
 
@@ -91,12 +91,12 @@ def test_native_code_requires_its_system_and_version(tmp_path: Path):
 @pytest.mark.parametrize(
     ("built_for", "capability", "fits"),
     [
-        (("sm90",), "9.0", True),
-        (("sm90",), "8.9", False),
-        (("sm90",), "10.0", False),
-        (("sm89", "sm90"), "9.0", True),
-        (("sm80+",), "12.0", True),
-        (("sm80+",), "7.5", False),
+        (("sm90",), "sm90", True),
+        (("sm90",), "sm89", False),
+        (("sm90",), "sm100", False),
+        (("sm89", "sm90"), "sm90", True),
+        (("sm80+",), "sm120", True),
+        (("sm80+",), "sm75", False),
     ],
 )
 def test_native_code_requires_its_gpu(built_for: tuple[str, ...], capability: str, fits: bool):
@@ -106,7 +106,7 @@ def test_native_code_requires_its_gpu(built_for: tuple[str, ...], capability: st
     assert (mismatches(required, host) == []) == fits
     assert mismatches(required, host.model_copy(update={"gpus": ()}))
     mixed = host.model_copy(
-        update={"gpus": (gpu, gpu.model_copy(update={"compute_capability": "7.0"}))}
+        update={"gpus": (gpu, gpu.model_copy(update={"compute_capability": "sm70"}))}
     )
     assert mismatches(required, mixed), "a server may put the model on any of its GPUs"
 

@@ -13,8 +13,8 @@ import pytest
 from deploykit import _files, environment
 from deploykit.bundle import BundleError, PackageOptions, golden, package, verify
 from deploykit.dataset import Dataset
-from deploykit.environment import Gpu
 from deploykit.errors import AnswerIsNo, InputError, IntegrityError, MissingError
+from deploykit.gpu import Gpu
 from deploykit.values import Artifact
 from tests.bundle.small_models import save_engine, save_linear
 
@@ -285,7 +285,7 @@ def test_an_engine_that_nothing_here_runs_is_told(linear: Artifact, data: Datase
     package(models, PackageOptions(), out=out, data=data)
     with pytest.raises(MissingError, match=r"tensorrt exactly 11\.4\.0\.106 required, none found"):
         verify(out, environment=HERE.model_copy(update={"libraries": {}}))
-    hopper = Gpu(name="H100", compute_capability="9.0", memory_bytes=1)
+    hopper = Gpu(name="H100", compute_capability="sm90", memory_bytes=1)
     libraries = {**HERE.libraries, "tensorrt": "11.4.0.106"}
     gpu_host = HERE.model_copy(update={"libraries": libraries, "gpus": (hopper,)})
     no_gpu = gpu_host.model_copy(update={"gpus": ()})

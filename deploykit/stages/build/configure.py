@@ -35,7 +35,11 @@ def configure(trt: Any, builder: Any, request: Request) -> tuple[Any, Json]:
         config.plugins_to_serialize = list(options.plugins)
     capabilities = _capabilities(trt, config, request)
     _add_profiles(builder, config, request)
-    return config, {"compute_capabilities": capabilities, "flags": _on(request)}
+    return config, {
+        "compute_capabilities": capabilities,
+        "flags": _on(request),
+        "hardware_compatibility": options.hardware_compatibility,
+    }
 
 
 def _flags(request: Request) -> dict[str, bool]:

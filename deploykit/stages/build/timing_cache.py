@@ -33,10 +33,10 @@ def attached(config: Any, name: str | None) -> Iterator[Json]:
     ours = config.get_timing_cache()
     with _locked(path):
         now = path.read_bytes() if path.exists() else b""
-        if now != before and not ours.combine(
-            config.create_timing_cache(now), ignore_mismatch=False
-        ):
-            raise _refused(path)
+        if now != before:
+            theirs = config.create_timing_cache(now)
+            if theirs is None or not ours.combine(theirs, ignore_mismatch=False):
+                raise _refused(path)
         after = bytes(ours.serialize())
         with _files.staged(path) as temporary:
             temporary.write_bytes(after)

@@ -12,7 +12,6 @@ import os
 from threading import Event, Lock, Thread
 from typing import Any, TextIO
 
-from deploykit import gpu
 from deploykit._tensorrt import logger
 from deploykit.errors import DeploykitError, ResourceError, StageError
 from deploykit.formats import engine_file, engine_layers
@@ -101,10 +100,10 @@ def build(request: Request, channel: Channel) -> Json:
         "profiles": [_plain(profile) for profile in request.profiles],
         "timing_cache": cache_facts,
         "warnings": log.warnings,
-        "sealed": engine_file.seal(bytes(plan)),
     }
+    facts["sealed"] = engine_file.seal(bytes(plan), facts)
     found = account.of_network(trt, network, request.profiles)
-    if gpu.unavailable() is None:
+    if engine_file.gpu_misfit(facts) is None:  # one for another GPU does not load on this one
         found |= _inspected(trt, plan, log)
     account.check(found, request)
     return {**facts, **found}
