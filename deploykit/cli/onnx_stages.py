@@ -121,7 +121,7 @@ def build_command(
     **given: Any,
 ) -> None:
     """Build an engine."""
-    source, options = open_model(model), _options.make(BuildOptions, given)
+    source, options = open_model(model, native=True), _options.make(BuildOptions, given)
     data = _common.data(shapes_from)
     with Terminal() as terminal:
         terminal.step(model, "build")

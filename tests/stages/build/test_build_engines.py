@@ -157,8 +157,9 @@ def test_an_operator_without_support_is_told(tmp_path: Path) -> None:
         "m (float[1,3] x) => (float[1,3] y) { y = ours.Fancy(x) }"
     )
     onnx.save(proto, tmp_path / "m.onnx")
+    source = open_model(tmp_path / "m.onnx", native=True)
     with pytest.raises(StageError, match=r"no support for the operator ours\.Fancy") as caught:
-        build(open_model(tmp_path / "m.onnx"), BuildOptions(), out=tmp_path / "e")
+        build(source, BuildOptions(), out=tmp_path / "e")
     assert "--plugins" in caught.value.hint
 
 
