@@ -16,7 +16,7 @@ from deploykit.errors import AnswerIsNo, InputError
 from deploykit.formats import onnx_file, onnx_lift, onnx_lower, onnx_weights
 from deploykit.formats.onnx_graph import Graph, matches, multiply_accumulates, name_nodes
 from deploykit.formats.onnx_lower import Half, Slots
-from deploykit.stages._convert_lab import Lab, Talk, loss, run
+from deploykit.stages._convert_lab import Lab, Talk, loss
 from deploykit.store import Job, Made
 from deploykit.values import Artifact, Json, Precision, Value
 
@@ -159,9 +159,7 @@ def _simplified(lab: Lab, model: onnx.ModelProto) -> tuple[onnx.ModelProto, str]
     try:
         slim = onnxslim.slim(type(model).FromString(model.SerializeToString()))
         onnx_weights.write(slim, path)
-        lost, name = loss(
-            lab.reference, run(lab.source.model_copy(update={"path": path}), lab.data)
-        )
+        lost, name = loss(lab.reference, lab.outputs(lab.source.model_copy(update={"path": path})))
     except Exception as error:  # noqa: BLE001 - it raises many kinds, and is optional
         return model, f"not simplified: onnxslim fails on it: {onnx_file.line(error)}"
     if lost > TOLERANCES["fp32"]:
@@ -225,7 +223,7 @@ def _proof(lab: Lab, artifact: Artifact, options: ConvertOptions, simulated: flo
         "tolerance": tolerance,
     }
     try:
-        lost, name = loss(lab.reference, run(artifact, lab.data))
+        lost, name = loss(lab.reference, lab.outputs(artifact))
     except InputError as error:
         if kind != "bf16" or simulated is None:
             raise

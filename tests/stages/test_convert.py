@@ -14,7 +14,9 @@ from deploykit.dataset import Dataset, open_dataset
 from deploykit.errors import AnswerIsNo, InputError
 from deploykit.evaluation import collect
 from deploykit.formats import onnx_file, open_model
+from deploykit.stages.build import BuildOptions, build, unavailable
 from deploykit.stages.convert import ConvertOptions, convert
+from deploykit.stages.quantize import QuantizeOptions, quantize
 from deploykit.values import Artifact
 from tests.fixtures_core import refused
 
@@ -191,3 +193,29 @@ def test_a_16_bit_model_is_not_converted_again(tmp_path: Path) -> None:
     half = convert(source, ConvertOptions(precision="fp16"), data=data, out=tmp_path / "h.onnx")
     with refused(InputError, "is fp16 already", hint="float32 model"):
         convert(half, ConvertOptions(precision="bf16"), data=data, out=tmp_path / "b.onnx")
+
+
+def test_integers_of_tensorrt_are_judged_without_this_cpu_s_kernels(tmp_path: Path) -> None:
+    """8-bit weights overflow the 16-bit sums of a CPU without VNNI: that is no loss of FP16."""
+    hidden = constant(RNG.normal(size=(8, 64)), "u")
+    last = constant(RNG.normal(size=(64, 4)), "v")
+    nodes = [
+        helper.make_node("MatMul", ["x", "u"], ["h"], "one"),
+        helper.make_node("Relu", ["h"], ["r"], "relu"),
+        helper.make_node("MatMul", ["r", "v"], ["y"], "two"),
+    ]
+    source, data = stored(tmp_path, nodes, [hidden, last])
+    options = QuantizeOptions(
+        target="tensorrt", calibration_method="minmax", corrections=("none",), scope="compute"
+    )
+    int8 = quantize(source, options, data=data, out=tmp_path / "q.onnx")
+    made = convert(int8, ConvertOptions(precision="fp16"), data=data, out=tmp_path / "h.onnx")
+    assert made.precision == "int8"
+    kinds = {t.data_type for t in onnx.load(made.path).graph.initializer if "scale" in t.name}
+    assert kinds == {TensorProto.FLOAT16}
+    if not unavailable():
+        shapes = {
+            f"{kind}_shapes": (f"x:{n}x8",) for kind, n in (("min", 1), ("opt", 4), ("max", 8))
+        }
+        engine = build(made, BuildOptions.model_validate(shapes), out=tmp_path / "h.engine")
+        assert engine.facts["compute_layers_quantized"] == 2
