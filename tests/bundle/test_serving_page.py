@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("fastapi", reason="fastapi is not installed")
-pytest.importorskip("httpx", reason="httpx is not installed")
+pytest.importorskip("fastapi", reason="fastapi is not installed: deploykit[test]")
+pytest.importorskip("httpx2", reason="httpx2 is not installed: deploykit[test]")
 
 import deploykit
 
 TEXT = (Path(deploykit.__file__).parent / "SERVING.md").read_text()
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_the_server_of_the_page(sound: Path):
     from fastapi.testclient import TestClient
 
