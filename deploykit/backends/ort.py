@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from deploykit import _files
 from deploykit._lazy import needs
 from deploykit.backends._common import check_feed, missing_library, refused
 from deploykit.errors import InputError
@@ -92,8 +92,8 @@ class OrtSession:
 
     def _profile(self, feed: Feed, runs: int) -> list[dict[str, Any]]:
         """What ONNX Runtime's profiler tells of each kernel in each run."""
-        with tempfile.TemporaryDirectory() as folder:
-            session = _session(self._artifact, self._options, profile=Path(folder) / "profile")
+        with _files.scratch() as folder:
+            session = _session(self._artifact, self._options, profile=folder / "profile")
             for _ in range(runs):
                 session.run(self._names, dict(feed))
             events = json.loads(Path(session.end_profiling()).read_text())
