@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
@@ -291,6 +292,14 @@ def read_json(path: Path) -> Json:
     if not isinstance(data, dict):
         raise InputError(f"{path}: not a JSON object", hint="make it again")
     return data
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> Json:
+    """A JSON object without repeated keys, for `json.loads`. Raises ValueError."""
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"key {key!r} is given {count} times")
+    return dict(pairs)
 
 
 @cache

@@ -15,7 +15,7 @@ import numpy as np
 
 from deploykit import _files
 from deploykit._lazy import needs
-from deploykit.backends._common import check_feed, missing_library, refused
+from deploykit.backends._common import check_feed, missing_library, refused, running
 from deploykit.errors import InputError
 from deploykit.values import Array, Artifact, Feed, Format, Kernel, Placement, SessionOptions
 
@@ -51,8 +51,9 @@ class OrtSession:
 
     def run(self, feed: Feed) -> dict[str, Array]:
         """Run one batch."""
-        check_feed(feed, self.inputs)
-        return dict(zip(self._names, self.prepare(feed)(), strict=True))
+        call = self.prepare(feed)
+        with running(self._artifact, "ONNX Runtime"):
+            return dict(zip(self._names, call(), strict=True))
 
     def prepare(self, feed: Feed) -> Callable[[], list[Array]]:
         """Make the arrays contiguous once; each call runs the session on them."""
