@@ -54,9 +54,9 @@ def size_bytes(path: Path) -> int:
 
 def unsafe(path: str) -> bool:
     """Whether a path from elsewhere must not be used: not relative, not normalised, odd letters."""
-    parts = path.split("/")
-    odd = any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts)
-    return odd or "\\" in path or not path.isprintable()
+    if "\\" in path or not path.isprintable():
+        return True
+    return any(part in ("", ".", "..") or len(part.encode()) > 255 for part in path.split("/"))
 
 
 def open_regular(path: Path) -> int:
@@ -336,9 +336,15 @@ def _sync_folder(folder: Path) -> None:
 
 def _sweep(out: Path) -> None:
     """Remove what a killed process left beside `out`; what a living one writes stays."""
-    prefix = f".{out.name}.tmp-"
-    for stale in out.absolute().parent.glob(f"{glob.escape(prefix)}*"):
-        pid = stale.name.removeprefix(prefix).split("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+    sweep(out.absolute().parent, glob.escape(out.name))
+
+
+def sweep(folder: Path, names: str = "*") -> None:
+    """Remove what killed processes left in a folder on their way to such names."""
+    if not Path("/proc/self").exists():
+        return
+    for stale in folder.glob(f".{names}.tmp-*"):
+        pid = stale.name.rpartition(".tmp-")[2].split("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
             with suppress(OSError):  # another process may sweep here too
                 remove(stale)
