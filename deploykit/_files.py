@@ -97,6 +97,14 @@ def check_free(out: Path, *, force: bool) -> None:
         raise _unwritable(out, error) from error
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it. Raises UsageError, ResourceError: it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
 def check_file(out: Path) -> None:
     """Refuse to put a file in the place of a folder, forced or not. Raises UsageError."""
     if out.is_dir():

@@ -127,7 +127,7 @@ def publish(
 def _leaving_nothing(folder: Path) -> Iterator[None]:
     """On an error, a folder in which nothing was ever published goes: Triton would trip over it."""
     new = not folder.parent.exists()
-    (folder / BUNDLES).mkdir(parents=True, exist_ok=True)
+    _files.make_folder(folder / BUNDLES)
     try:
         yield
     except BaseException:

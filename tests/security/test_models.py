@@ -253,12 +253,24 @@ def run_bomb(place: Place) -> Words:
     return ("evaluate", path, "--data", place.folder / "d.npz", "--metric", "top1")
 
 
-@pytest.mark.parametrize("case", [
+def benched(place: Place) -> Words:
+    nan = of_nodes(helper.make_node("Sqrt", ["x"], ["y"]), outputs=[value("y")])()
+    path = place.written("nan.onnx", nan.SerializeToString())
+    np.savez(place.folder / "d.npz", x=-np.ones((8, 4), np.float32))
+    return ("bench", path, "--data", place.folder / "d.npz", "--preset", "quick", "--backend",
+            "ort-cpu")  # fmt: skip
+
+
+ODD = [
     Case(10, "bomb", run_bomb, 6, "out of memory", "do not load it"),
     Case(12, "session options", options_inside, 3, "ort_config"),
     Case(14, "other than PyTorch", factory("torch.tanh(x.exp()).sin()", "--tolerance", "1e-12"), 7,
          "output 'output' differs from PyTorch"),
     Case(14, "nan", factory("(x - x).log() - (x - x).log()"), 3, "NaN"),
-], ids=str)  # fmt: skip
+    Case(30, "wrong outputs", benched, 3, "output 'y' has NaN or infinite values"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD, ids=str)
 def test_what_is_not_what_it_says(case: Case, refuses: Callable[[Case], None]) -> None:
     refuses(case)
