@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -16,6 +16,8 @@ from deploykit.values import Array
 if TYPE_CHECKING:
     import onnx
 
+COMPUTE = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+"""Operators that hold nearly all multiply-accumulates."""
 RECURRENT = ("LSTM", "GRU", "RNN")
 """They compute too, in float: a product with the weights and one with the state, at each step."""
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
@@ -27,6 +29,8 @@ class Graph:
     """The main graph of a model whose nodes have names of their own; see `name_nodes`."""
 
     model: onnx.ModelProto
+    shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """What tensors measure on a sample, where the model does not say it or leaves it open."""
 
     @cached_property
     def nodes(self) -> dict[str, onnx.NodeProto]:
@@ -165,7 +169,7 @@ def weighed(graph: Graph) -> list[onnx.NodeProto]:
     return [
         node
         for node in graph.nodes.values()
-        if node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm")
+        if node.op_type in COMPUTE
         and node.input[0] in graph.floats
         and (weights := graph.constant(node.input[1])) is not None
         and (weights.ndim > 2 if node.op_type.startswith("Conv") else weights.ndim == 2)
@@ -183,26 +187,51 @@ def groups_of(node: onnx.NodeProto) -> int:
     return next((int(a.i) for a in node.attribute if a.name == "group"), 1)
 
 
+def open_shapes(graph: Graph) -> set[str]:
+    """Activations of compute nodes with a dimension that the model leaves open."""
+    known = {
+        value.name
+        for value in (
+            *graph.model.graph.value_info,
+            *graph.model.graph.input,
+            *graph.model.graph.output,
+        )
+        if all(d.HasField("dim_value") for d in value.type.tensor_type.shape.dim)
+    }
+    return {
+        name
+        for node in graph.nodes.values()
+        if node.op_type in (*COMPUTE, *RECURRENT)
+        for name in (*node.input[:2], node.output[0])
+        if name in graph.floats - known
+    }
+
+
 def multiply_accumulates(model: onnx.ModelProto, graph: Graph) -> dict[str, int]:
-    """Multiply-accumulates of each compute node for one sample; 0 where shapes are not known."""
-    sizes = {
+    """Multiply-accumulates of each compute node for one sample; 0 where shapes are not known.
+
+    A dimension that is left open is that of the graph's sample, else 1.
+    """
+    sizes: dict[str, Sequence[int]] = {
         value.name: [d.dim_value or 1 for d in value.type.tensor_type.shape.dim]
         for value in (*model.graph.value_info, *model.graph.input, *model.graph.output)
     }
+    sizes |= graph.shapes
     sizes |= {name: list(tensor.dims) for name, tensor in graph.constants.items()}
     first = next((sizes[v.name] for v in model.graph.input if v.name not in graph.constants), [1])
     batch = max(first[0], 1) if first else 1
     return {
-        name: _count(node, sizes) // (batch if sizes.get(node.output[0], [0])[:1] == [batch] else 1)
+        name: _count(node, sizes)
+        // (batch if [*sizes.get(node.output[0], [0])][:1] == [batch] else 1)
         for name, node in graph.nodes.items()
     }
 
 
-def _count(node: onnx.NodeProto, sizes: dict[str, list[int]]) -> int:
+def _count(node: onnx.NodeProto, sizes: Mapping[str, Sequence[int]]) -> int:
     if node.op_type in RECURRENT:
         steps = (sizes.get(node.input[0]) or [1])[0]
         return int(steps * sum(np.prod(sizes.get(name) or [0]) for name in node.input[1:3]))
-    if node.op_type not in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
+    if node.op_type not in COMPUTE:
         return 0
     left, right, out = (sizes.get(n) for n in (*node.input[:2], node.output[0]))
     if not left or not right or not out:
@@ -233,7 +262,7 @@ def with_constants(graph: Graph, values: Mapping[tuple[str, int], Array]) -> Gra
         inputs[index] = new
         model.graph.initializer.append(onnx.numpy_helper.from_array(value.astype(np.float32), new))
     drop_unused(model)
-    return Graph(model)
+    return Graph(model, graph.shapes)
 
 
 def drop_unused(model: onnx.ModelProto) -> None:

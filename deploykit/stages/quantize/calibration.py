@@ -12,6 +12,7 @@ from deploykit._lazy import needs
 from deploykit.dataset import Dataset, padded
 from deploykit.environment import read as read_environment
 from deploykit.errors import InputError, UsageError
+from deploykit.formats.onnx_graph import Graph, open_shapes
 from deploykit.stages.quantize.histogram import Histogram
 from deploykit.values import Array, Json, Value
 
@@ -85,6 +86,18 @@ def runs(
             ) from error
         done += len(next(iter(feed.values())))
         yield dict(zip(names, outputs, strict=True)), done
+
+
+def sample_shapes(graph: Graph, data: Dataset) -> dict[str, tuple[int, ...]]:
+    """Shapes, on the first sample, of what the model leaves open around its compute nodes.
+
+    Raises InputError: the model fails on the sample.
+    """
+    names = sorted(open_shapes(graph))
+    if not names:
+        return {}
+    outputs, _ = next(runs(graph.model, names, data))
+    return {name: array.shape for name, array in outputs.items()}
 
 
 class _Kept(Value):

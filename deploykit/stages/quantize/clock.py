@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from deploykit.formats import onnx_file
-from deploykit.formats.onnx_graph import Graph
+from deploykit.formats.onnx_graph import COMPUTE, Graph
 from deploykit.stages.quantize.placement import FUSED
-from deploykit.stages.quantize.presets import COMPUTE
 from deploykit.values import Artifact, Kernel
 
 if TYPE_CHECKING:

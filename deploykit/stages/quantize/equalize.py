@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deploykit.formats.onnx_graph import (
+    COMPUTE,
     Graph,
     channel_axis,
     groups_of,
@@ -22,7 +23,6 @@ from deploykit.formats.onnx_graph import (
     with_constants,
 )
 from deploykit.stages.quantize.channels import Channels
-from deploykit.stages.quantize.presets import COMPUTE
 from deploykit.values import Array
 
 if TYPE_CHECKING:
@@ -234,13 +234,15 @@ class _Edit:
         if not self.moved:
             return None
         graph = with_constants(self.graph, {key: self.values[key] for key in self.moved})
+        shapes = dict(graph.shapes)
         for tensor, (reading, scale) in self.divided.items():
-            _insert(Graph(graph.model), tensor, reading, scale)
-        return Graph(graph.model)
+            result = _insert(Graph(graph.model), tensor, reading, scale)
+            shapes |= {result: shapes[tensor]} if tensor in shapes else {}
+        return Graph(graph.model, shapes)
 
 
-def _insert(graph: Graph, tensor: str, reading: _Reading, scale: Array) -> None:
-    """Divide the activation by a Mul before the nodes that read it, in place."""
+def _insert(graph: Graph, tensor: str, reading: _Reading, scale: Array) -> str:
+    """Divide the activation by a Mul before the nodes that read it, in place; what it is then."""
     import onnx
 
     model, tag = graph.model, ""
@@ -258,3 +260,4 @@ def _insert(graph: Graph, tensor: str, reading: _Reading, scale: Array) -> None:
     values = (*model.graph.value_info, *model.graph.input, *model.graph.output)
     known = next(value for value in values if value.name == tensor)  # `weighed` asks for it
     model.graph.value_info.add(name=result, type=known.type)
+    return result

@@ -14,18 +14,24 @@ from deploykit import store
 from deploykit.dataset import Dataset
 from deploykit.environment import versions
 from deploykit.errors import AnswerIsNo
-from deploykit.formats.onnx_graph import Graph
+from deploykit.formats.onnx_graph import COMPUTE, Graph
 from deploykit.stages.quantize import blocks, guard, placement, qdq
 from deploykit.stages.quantize.account import account
 from deploykit.stages.quantize.bias import bias_corrected
-from deploykit.stages.quantize.calibration import Calibration, Progress, observe, remembered
+from deploykit.stages.quantize.calibration import (
+    Calibration,
+    Progress,
+    observe,
+    remembered,
+    sample_shapes,
+)
 from deploykit.stages.quantize.channels import Channels, observe_channels
 from deploykit.stages.quantize.equalize import cross_layer, smooth
 from deploykit.stages.quantize.levels import Grid
 from deploykit.stages.quantize.methods import EXACT, Method, Range, calibrate
 from deploykit.stages.quantize.placement import Plan
 from deploykit.stages.quantize.prepare import prepare
-from deploykit.stages.quantize.presets import COMPUTE, OPSETS, Preset
+from deploykit.stages.quantize.presets import OPSETS, Preset
 from deploykit.stages.quantize.rounding import adaptive
 from deploykit.values import Array, Artifact, Json
 
@@ -104,6 +110,7 @@ class Workshop:
             return observe(graph.model, tensors, data, binned=binned, progress=progress)
 
         graph = Graph(model)
+        graph = Graph(model, sample_shapes(graph, data))
         identity = {
             "model": source.sha256,
             "data": data.digest,

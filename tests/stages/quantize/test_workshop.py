@@ -357,3 +357,47 @@ def test_where_candidates_are_judged(
     assert (runtime, simulated) == want
     assert len(warnings) == bool(told)
     assert all(told in warning for warning in warnings)
+
+
+# the work of a model whose dimensions are open
+
+OPEN_SIZES = {
+    "image": ("float[N,4,P,Q]", "h = Relu(x) y = Conv(h, w)", 4 * 5 * 3 * 27),
+    "product of activations": (
+        "float[P,Q]",
+        "h = Conv(x, w) f = Flatten(h) t = Transpose(f) y = MatMul(f, t)",
+        4 * 5 * 3 * 27 + 4 * 5 * 3,
+    ),
+    "rows of all samples": (
+        "float[M,4]",
+        "t = Transpose<perm=[0,2,3,1]>(x) r = Reshape(t, rows) y = MatMul(r, v)",
+        7 * 5 * 3 * 4,
+    ),
+    "size by the weights": ("float[M,4]", "f = Flatten(x) y = MatMul(f, u)", 7 * 5 * 3 * 4),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "smooth"),
+    [
+        *((name, False) for name in OPEN_SIZES),
+        ("rows of all samples", True),
+        ("size by the weights", True),
+    ],
+)
+def test_open_dimensions_count_as_those_of_a_sample(
+    name: str, smooth: bool, tmp_path: Path
+) -> None:
+    out, nodes, work = OPEN_SIZES[name]
+    constants = {"w": normal(4, 3, 3, 3), "v": normal(3, 4), "u": normal(105, 4)}
+    constants["rows"] = np.array([-1, 3])
+    model = parsed(
+        f"(float[N,3,H,W] x) => ({out} y) {{ {nodes} }}",
+        **{name: value for name, value in constants.items() if f", {name})" in nodes},
+    )
+    x = normal(16, 3, 7, 5) * normal(3, 7, 5) ** 3
+    source, data = stored(model, tmp_path, x=x)
+    shop, variant = opened(source, data)
+    shop = shop.equalized("smooth_quant") or shop if smooth else shop
+    assert smooth == any("Smooth" in node for node in shop.graph.nodes)
+    assert shop.facts(variant, {})["multiply_accumulates"] == work
