@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from deploykit import store
 from deploykit.cli import COMMANDS, _common, _options
 from deploykit.cli._observer import Terminal
 from deploykit.errors import UsageError
@@ -30,6 +31,7 @@ def convert_command(
     """Convert."""
     opened, options = _common.required_data(data), _options.make(ConvertOptions, given)
     source = open_model(model)
+    before = store.last_record(output)
     with Terminal() as terminal:
         terminal.step(model, "convert")
         artifact = convert(
@@ -40,7 +42,7 @@ def convert_command(
             force=force,
             talk=lambda text, done, total: terminal.progress(done, total, text),
         )
-    _common.made(artifact, as_json=as_json)
+    _common.made(artifact, before, as_json=as_json)
 
 
 @click.command("quantize", help=COMMANDS["quantize"][1])
@@ -69,6 +71,7 @@ def quantize_command(  # noqa: PLR0913 - one parameter an option
     opened, options = _common.required_data(data), _options.make(QuantizeOptions, given)
     source = open_model(model)
     promise = _promise(max_drop, evaluation_data, metric)
+    before = store.last_record(output)
     with Terminal() as terminal:
         terminal.step(model, "quantize")
         artifact = quantize(
@@ -80,7 +83,7 @@ def quantize_command(  # noqa: PLR0913 - one parameter an option
             force=force,
             talk=lambda text, done, total: terminal.progress(done, total, text),
         )
-    _common.made(artifact, as_json=as_json)
+    _common.made(artifact, before, as_json=as_json)
 
 
 def _promise(max_drop: str | None, reference: str | None, metric: str | None) -> Promise | None:
@@ -123,6 +126,7 @@ def build_command(
     """Build an engine."""
     source, options = open_model(model, native=True), _options.make(BuildOptions, given)
     data = _common.data(shapes_from)
+    before = store.last_record(output)
     with Terminal() as terminal:
         terminal.step(model, "build")
         artifact = build(
@@ -133,4 +137,4 @@ def build_command(
             force=force,
             talk=lambda text, done, total: terminal.progress(done, total, text),
         )
-    _common.made(artifact, as_json=as_json)
+    _common.made(artifact, before, as_json=as_json)

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from deploykit import store
 from deploykit.cli import COMMANDS, _common, _options
 from deploykit.cli._observer import Terminal
 from deploykit.report.differences import proof
@@ -25,8 +26,9 @@ from deploykit.stages.prune import PruneOptions, prune
 def prune_command(model: str, output: Path, *, force: bool, as_json: bool, **given: Any) -> None:
     """Remove channels."""
     source = _common.model(model, given)
+    before = store.last_record(output)
     artifact = prune(source, _options.make(PruneOptions, given), out=output, force=force)
-    _common.made(artifact, as_json=as_json)
+    _common.made(artifact, before, as_json=as_json)
 
 
 @click.command("distill", help=COMMANDS["distill"][1])
@@ -51,6 +53,7 @@ def distill_command(
     source = _common.model(student, given, opened)
     guide = _common.model(teacher, {"weights": given["teacher_weights"]}, opened)
     options = _options.make(DistillOptions, given)
+    before = store.last_record(output)
     with Terminal() as terminal:
         terminal.step(student, "distill")
         artifact = distill(
@@ -62,7 +65,7 @@ def distill_command(
             force=force,
             progress=terminal.progress,
         )
-    _common.made(artifact, as_json=as_json)
+    _common.made(artifact, before, as_json=as_json)
 
 
 @click.command("export", help=COMMANDS["export"][1])
@@ -80,7 +83,8 @@ def export_command(
     opened = _common.data(data)
     source = _common.model(model, given, opened)
     options = _options.make(ExportOptions, given)
+    before = store.last_record(output)
     artifact = export(source, options, out=output, data=opened, force=force)
-    _common.made(artifact, as_json=as_json)
+    _common.made(artifact, before, as_json=as_json)
     if not as_json:
         click.echo("\n".join(proof(artifact)))

@@ -163,7 +163,7 @@ def size(number: int) -> str:
 
 
 def describe(artifact: Artifact) -> str:
-    """What a stage made, in one line."""
+    """What a stage made, in one line, and one more for each warning."""
     facts = artifact.facts
     told = [artifact.precision, size(_files.size_bytes(artifact.path))]
     for key, text in (
@@ -173,23 +173,37 @@ def describe(artifact: Artifact) -> str:
     ):
         if key in facts:
             told.append(text.format(facts[key], **facts))
+    if total := facts.get("multiply_accumulates"):
+        share = facts["multiply_accumulates_quantized"] / total
+        told[-1] += f" with {share:.0%} of the multiply-accumulates"
     if found := facts.get("search"):
-        told += _choice(facts["candidate"], found, facts["preset"]["name"])
-    told += [f"warning: {warning}" for warning in facts.get("warnings", ())]
+        told += _choice(facts["candidate"], found)
+    warnings = list(facts.get("warnings", ()))
     if huge := facts.get("huge_ranges"):
-        told.append(f"{len(huge)} tensors with huge ranges ({huge[0]!r}): few levels are left")
-    return ", ".join(told)
+        warnings.append(f"{len(huge)} tensors with huge ranges ({huge[0]!r}): few levels are left")
+    return "\n".join([", ".join(told), *(f"  warning: {warning}" for warning in warnings)])
 
 
-def _choice(name: str, found: Json, preset: str) -> list[str]:
+def _choice(name: str, found: Json) -> list[str]:
     """What was chosen, how near to the float model it is, and how fast where it will run."""
     near = f"{found['chosen']['sqnr_db']:.0f} dB to the float model"
     told = [name, f"{near} on {found['held_back_samples']} samples", *_kept(found)]
-    if not preset.startswith(found["runtime"]):
-        return told  # its time is another runtime's
+    if not found["timed_on_target"]:
+        return [*told, "not timed where it will run"]
     ratio = found["chosen"]["time_ratio"]
-    told.append(f"{1 / ratio:.2f}x as fast on {found['runtime']}")
-    return [*told, "NOT FASTER than the float model"] if ratio >= 1 else told
+    before, after = (f"{found['chosen'][key]:.3g} ms" for key in ("float_ms", "ms"))
+    where = f"the float model on {found['runtime']} ({after}, was {before}, one thread)"
+    if ratio >= 1:
+        return [*told, f"NOT FASTER than {where}{_slow(found['time_of'])}"]
+    return [*told, f"{1 / ratio:.2f}x as fast as {where}"]
+
+
+def _slow(shares: Json) -> str:
+    """Where the time of a model goes that is not faster than in float."""
+    if not shares:
+        return ""
+    told = ", ".join(f"{share:.0%} {what}" for what, share in shares.items())
+    return f": its time goes {told}; keep the float model there"
 
 
 def _kept(found: Json) -> list[str]:

@@ -32,8 +32,6 @@ HOMOGENEOUS = frozenset({"Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalA
 """f(x / s) = f(x) / s for s > 0, channel by channel."""
 SWEEPS = 3
 """Over all pairs of layers: each changes its neighbours."""
-STRENGTH = 0.5
-"""SmoothQuant's alpha: the share of an activation's range that moves to the weights."""
 MOST = 100.0
 """No scale is further than this from the middle one: channels that are dead stay harmless."""
 
@@ -59,9 +57,10 @@ def cross_layer(graph: Graph) -> Graph | None:
     return edit.done()
 
 
-def smooth(graph: Graph, channels: Mapping[str, Channels]) -> Graph | None:
+def smooth(graph: Graph, channels: Mapping[str, Channels], strength: float = 0.5) -> Graph | None:
     """Move outlier channels of activations, by the node that reads them, into its weights.
 
+    `strength` is alpha, the share of an activation's range that moves:
     s = max|x| ** alpha / max|w| ** (1 - alpha): Xiao et al. 2023, "SmoothQuant", equation 4. None
     where no activation takes it.
     """
@@ -69,7 +68,7 @@ def smooth(graph: Graph, channels: Mapping[str, Channels]) -> Graph | None:
     for reading in _readings(graph):
         if reading.places or reading.product:
             seen, weights = channels[reading.nodes[0].name].largest, edit.reading(reading)
-            edit.move(reading, seen**STRENGTH / np.maximum(weights, 1e-12) ** (1 - STRENGTH))
+            edit.move(reading, seen**strength / np.maximum(weights, 1e-12) ** (1 - strength))
     return edit.done()
 
 

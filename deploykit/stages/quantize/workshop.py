@@ -43,13 +43,20 @@ HUGE = 1e4
 
 
 Correction = Literal[
-    "cross_layer_equalization", "smooth_quant", "bias_correction", "adaptive_rounding"
+    "cross_layer_equalization",
+    "smooth_quant",
+    "smooth_quant_strong",
+    "adaptive_rounding",
+    "bias_correction",
 ]
 CORRECTIONS: tuple[Correction, ...] = (
-    "cross_layer_equalization", "smooth_quant", "adaptive_rounding", "bias_correction",
+    "cross_layer_equalization", "smooth_quant", "smooth_quant_strong", "adaptive_rounding",
+    "bias_correction",
 )  # fmt: skip
-"""In the order in which they are tried: the first two make other weights, which the others mend."""
-EQUALIZATIONS: tuple[Correction, ...] = ("cross_layer_equalization", "smooth_quant")
+"""In the order in which they are tried: the first make other weights, which the last two mend."""
+STRENGTHS: dict[Correction, float] = {"smooth_quant": 0.5, "smooth_quant_strong": 0.7}
+"""How far outliers go from the activations over to the weights; one of the two is taken."""
+EQUALIZATIONS: tuple[Correction, ...] = ("cross_layer_equalization", *STRENGTHS)
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,12 @@ class Variant:
     method: Method
     percentile: float = 99.99
     corrections: tuple[Correction, ...] = ()
+
+    def with_correction(self, name: Correction) -> Variant:
+        """This and one correction more; of two strengths of one, the new one."""
+        same = STRENGTHS if name in STRENGTHS else ()
+        kept = (c for c in self.corrections if c not in same)
+        return replace(self, corrections=(*kept, name))
 
 
 @dataclass
@@ -137,7 +150,7 @@ class Workshop:
             if name == "cross_layer_equalization":
                 graph = cross_layer(self.graph)
             else:
-                graph = smooth(self.graph, self.channels)
+                graph = smooth(self.graph, self.channels, STRENGTHS[name])
             self.others[name] = (
                 replace(self, graph=graph, seen=self.look(graph), others={}, ranges={}, rounded={})
                 if graph
@@ -257,4 +270,5 @@ def nothing(facts: Json, preset: Preset) -> AnswerIsNo:
         hint="the work of this model lies in operators or subgraphs that stay in float"
         if preset.activation
         else f"weights are quantized to {preset.reason}",
+        facts=facts,
     )

@@ -328,7 +328,7 @@ def test_layers_go_back_to_float_where_a_promise_asks_for_it(
         )
         return made.facts
 
-    whole = keeping(1.0)
+    whole = keeping(0.99)
     assert whole["compute_nodes_quantized"] == 2
     part = keeping(whole["search"]["chosen"]["drop"] * 0.9)
     assert part["compute_nodes_quantized"] == 1
