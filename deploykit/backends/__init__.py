@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from deploykit.backends.openvino import OpenVino
-from deploykit.backends.ort import OrtCpu
-from deploykit.backends.pytorch import PyTorch
+from deploykit.backends.ort import CUDA, TENSORRT, OrtCpu, OrtGpu
+from deploykit.backends.pytorch import PyTorch, PyTorchCompile
 from deploykit.errors import MissingError, UsageError, did_you_mean
 from deploykit.session import Backend, Session
 from deploykit.values import Artifact, Format, SessionOptions
 
-BACKENDS: tuple[Backend, ...] = (PyTorch(), OrtCpu(), OpenVino())
+BACKENDS: tuple[Backend, ...] = (
+    PyTorch(),
+    PyTorchCompile(),
+    OrtCpu(),
+    OpenVino(),
+    OrtGpu("ort-cuda", CUDA),
+    OrtGpu("ort-tensorrt", TENSORRT),
+)
 
 
 def backend(name: str) -> Backend:
@@ -47,9 +54,14 @@ def open_session(
         )
     if options.simulate and not isinstance(chosen, OrtCpu):
         raise UsageError(f"{name} cannot simulate integers", hint="ort-cpu can")
-    if reason := chosen.unavailable():
-        raise MissingError(f"{name} cannot run here: {reason}", hint="see `deploykit doctor`")
+    check_available(name)
     return chosen.open(artifact, options)
+
+
+def check_available(name: str) -> None:
+    """Raises MissingError: the backend of this name cannot run here, and why."""
+    if reason := backend(name).unavailable():
+        raise MissingError(f"{name} cannot run here: {reason}", hint="see `deploykit doctor`")
 
 
 def no_backend(artifact: Artifact) -> MissingError:

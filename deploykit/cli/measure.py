@@ -151,7 +151,7 @@ def _candidates(
 ) -> list[Candidate]:
     """Each model on each backend that was asked for and takes it; by default on all that can."""
     for name in names:
-        backends.backend(name)
+        backends.check_available(name)
     made = []
     for reference in models:
         artifact = _common.model(reference, given, data)

@@ -19,17 +19,19 @@ Preset = Literal["quick", "standard", "full"]
 
 
 class Effort(NamedTuple):
-    """How long each process of a run is timed."""
+    """How many processes an engine gets, and how long they are timed in all."""
 
     blocks: int
     block_ms: float
     warmup_ms: float
+    """Of each process."""
+    processes: int
 
 
 PRESETS: dict[Preset, Effort] = {
-    "quick": Effort(blocks=20, block_ms=100, warmup_ms=300),
-    "standard": Effort(blocks=100, block_ms=150, warmup_ms=1000),
-    "full": Effort(blocks=300, block_ms=600, warmup_ms=5000),
+    "quick": Effort(blocks=21, block_ms=80, warmup_ms=200, processes=3),
+    "standard": Effort(blocks=96, block_ms=100, warmup_ms=300, processes=8),
+    "full": Effort(blocks=320, block_ms=500, warmup_ms=1000, processes=16),
 }
 """For one candidate beside the baseline and its control: about 10, 60 and 600 seconds."""
 
@@ -56,6 +58,12 @@ class BenchOptions(Value):
         description="About 10, 60 or 600 seconds for one candidate beside the baseline. Numbers "
         "of quick are not to be compared with those of another run.",
     )
+    processes: int | None = Field(
+        None,
+        ge=1,
+        description="Fresh processes for each model, one after the other, instead of the preset's; "
+        "they share the blocks. The interval of 1 misses what another process would give.",
+    )
     blocks: int | None = Field(
         None, ge=MIN_BLOCKS, description="Blocks of calls for each model, instead of the preset's."
     )
@@ -81,6 +89,7 @@ class BenchOptions(Value):
             self.blocks or preset.blocks,
             self.block_ms or preset.block_ms,
             self.warmup_ms or preset.warmup_ms,
+            self.processes or preset.processes,
         )
 
 
