@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from shutil import which
 
 from deploykit.values import Value
 
@@ -25,6 +27,22 @@ INT8_DOT_PRODUCT = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 """Any one of them sums 8-bit products in 32 bits."""
 
 
+CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+
+
+class Gpu(Value):
+    """A GPU as NVIDIA's driver tells it."""
+
+    name: str
+    driver: str
+    memory_mib: float
+    clock_mhz: float
+    """Of the multiprocessors, now."""
+    temperature_c: float
+    processes: int
+    """That compute on it now."""
+
+
 class Environment(Value):
     """The machine and the versions of what may matter to a result."""
 
@@ -40,6 +58,15 @@ class Environment(Value):
     libraries: dict[str, str]
     load_average: float
     virtual_machine: bool
+    governor: str | None = None
+    """Of the first core's frequency; None where the machine does not tell."""
+    frequency_mhz: float | None = None
+    """Of the first core, now."""
+    memory_available_bytes: int | None = None
+    memory_limit_bytes: int | None = None
+    """Of the control group, None for no limit."""
+    container: str | None = None
+    gpus: tuple[Gpu, ...] = ()
 
 
 def read() -> Environment:
@@ -58,6 +85,12 @@ def read() -> Environment:
         libraries=versions(LIBRARIES),
         load_average=os.getloadavg()[0],
         virtual_machine="hypervisor" in _cpuinfo(),
+        governor=_first_line(CPUFREQ / "scaling_governor"),
+        frequency_mhz=_megahertz(),
+        memory_available_bytes=_memory_available_bytes(),
+        memory_limit_bytes=_memory_limit_bytes(),
+        container=_container(),
+        gpus=gpus(),
     )
 
 
@@ -96,6 +129,84 @@ def is_arm() -> bool:
 def _cpuinfo() -> str:
     path = Path("/proc/cpuinfo")
     return path.read_text().split("\n\n")[0] if path.exists() else ""
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """The GPUs that nvidia-smi tells of; none where it is not there or has nothing to tell."""
+    fields = "name,driver_version,memory.total,clocks.sm,temperature.gpu,uuid"
+    busy = [line[0] for line in _nvidia_smi("--query-compute-apps=gpu_uuid")]
+    found = []
+    for name, driver, memory, clock, temperature, uuid in _nvidia_smi(f"--query-gpu={fields}"):
+        found.append(
+            Gpu(
+                name=name,
+                driver=driver,
+                memory_mib=_number(memory),
+                clock_mhz=_number(clock),
+                temperature_c=_number(temperature),
+                processes=busy.count(uuid),
+            )
+        )
+    return tuple(found)
+
+
+def _nvidia_smi(query: str) -> list[list[str]]:
+    """Rows of a query's answer."""
+    program = which("nvidia-smi")
+    if program is None:
+        return []
+    try:
+        told = subprocess.run(
+            [program, query, "--format=csv,noheader,nounits"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [[word.strip() for word in row.split(",")] for row in told.stdout.splitlines() if row]
+
+
+def _number(text: str) -> float:
+    """A number of nvidia-smi; NaN for its `[N/A]`."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+def _first_line(path: Path) -> str | None:
+    try:
+        return path.read_text().split("\n")[0].strip()
+    except OSError:
+        return None
+
+
+def _megahertz() -> float | None:
+    kilohertz = _first_line(CPUFREQ / "scaling_cur_freq")
+    if kilohertz and kilohertz.isdigit():
+        return int(kilohertz) / 1e3
+    match = re.search(r"cpu MHz\s*:\s*([\d.]+)", _cpuinfo())
+    return float(match.group(1)) if match else None
+
+
+def _memory_available_bytes() -> int | None:
+    path = Path("/proc/meminfo")
+    match = re.search(r"MemAvailable:\s*(\d+) kB", path.read_text() if path.exists() else "")
+    return int(match.group(1)) << 10 if match else None
+
+
+def _memory_limit_bytes() -> int | None:
+    told = _first_line(Path("/sys/fs/cgroup/memory.max"))
+    return int(told) if told and told.isdigit() else None
+
+
+def _container() -> str | None:
+    """What kind of container this is, by the marks that each leaves."""
+    if kind := os.environ.get("container"):
+        return kind
+    if "KUBERNETES_SERVICE_HOST" in os.environ:
+        return "kubernetes"
+    marks = {"docker": "/.dockerenv", "podman": "/run/.containerenv"}
+    return next((name for name, path in marks.items() if Path(path).exists()), None)
 
 
 def _cpu_name() -> str:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from deploykit.backends._common import check_feed, missing_library
+from deploykit.errors import InputError
 from deploykit.formats import torch_folder
 from deploykit.values import Array, Artifact, Feed, Format, Kernel, Placement, SessionOptions
 
@@ -138,8 +139,19 @@ class PyTorchCompileSession(PyTorchSession):
         super().__init__(artifact, options)
         import torch
 
-        self._eager = self._module
+        self._eager, self._path = self._module, artifact.path
         self._module = cast("nn.Module", torch.compile(self._eager, fullgraph=True, dynamic=False))
+
+    def run(self, feed: Feed) -> dict[str, Array]:
+        """Run one batch. Raises InputError: PyTorch does not compile the model as one graph."""
+        try:
+            return super().run(feed)
+        except RuntimeError as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise InputError(
+                f"{self._path}: torch.compile does not compile it as one graph: {lines[0]}",
+                hint="run it on the backend pytorch, or export it",
+            ) from error
 
     def kernels(self, feed: Feed, runs: int) -> tuple[Kernel, ...]:
         """None: compiled code does not say how long its parts take."""

@@ -11,8 +11,10 @@ from deploykit.errors import UsageError
 
 LOOK_SECONDS = 0.25
 """How long cores are watched before some are chosen."""
-BUSY, STOLEN = 0.5, 0.01
-"""Shares of the cores in use before a run, and of CPU time stolen during it, worth a note."""
+BUSY, STOLEN, OTHERS = 0.5, 0.01, 0.1
+"""Worth a note: cores in use before a run, CPU time stolen, and taken by others during it."""
+LITTLE_MEMORY, HOT_C = 0.1, 83
+"""Worth a note: share of the memory that is free, and a GPU's temperature in degrees Celsius."""
 
 
 def choose_cores(threads: int) -> tuple[int, ...]:
@@ -91,9 +93,49 @@ def steal_share(before: tuple[int, int] | None, after: tuple[int, int] | None) -
     return (after[0] - before[0]) / (after[1] - before[1])
 
 
-def notes(environment: Environment, steal: float | None) -> list[str]:
+def own_ticks() -> float:
+    """CPU time of this process and its children that have ended, in ticks."""
+    times = os.times()
+    own = times.user + times.system + times.children_user + times.children_system
+    return own * os.sysconf("SC_CLK_TCK")
+
+
+def others_share(
+    before: tuple[int, int] | None, after: tuple[int, int] | None, own: float
+) -> float | None:
+    """Share of the machine's CPU time that other processes took between two `busy_ticks`."""
+    if before is None or after is None or after[1] <= before[1]:
+        return None
+    return max(0.0, (after[0] - before[0] - own) / (after[1] - before[1]))
+
+
+def busy_ticks() -> tuple[int, int] | None:
+    """CPU time of all processes, and in all, in ticks since boot."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return None
+    ticks = [int(word) for word in path.read_text().split("\n")[0].split()[1:9]]
+    user, nice, system, *_, softirq, _ = ticks
+    return user + nice + system + softirq, sum(ticks)
+
+
+def energy_uj() -> int | None:
+    """Energy counter of the first CPU package in microjoules (RAPL); None where it is not told.
+
+    It starts anew now and then: a difference below zero is none.
+    """
+    path = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def notes(environment: Environment, steal: float | None, others: float | None) -> list[str]:
     """What about the machine makes times noisy, one sentence each."""
-    found = []
+    found = _standing(environment)
+    if others and others > OTHERS:
+        found.append(f"other processes took {others:.0%} of the machine's CPU time during the run")
     if environment.load_average > environment.cores * BUSY:
         found.append(
             f"the machine was busy before the run: load average "
@@ -101,4 +143,23 @@ def notes(environment: Environment, steal: float | None) -> list[str]:
         )
     if steal and steal > STOLEN:
         found.append(f"the hypervisor took {steal:.1%} of the CPU time during the run")
+    return found
+
+
+def _standing(environment: Environment) -> list[str]:
+    """What the machine is set to, or short of."""
+    found = []
+    if environment.governor not in (None, "performance"):
+        found.append(f"the CPU's frequency governor is {environment.governor!r}, not 'performance'")
+    quota, cores = environment.cpu_quota, environment.cores
+    if quota is not None and quota < cores:
+        found.append(f"the container may use {quota:g} of {cores} cores: it is throttled beyond")
+    free, whole = environment.memory_available_bytes, environment.memory_bytes
+    if free is not None and free < LITTLE_MEMORY * whole:
+        found.append(f"little memory is free: {free / 2**30:.1f} of {whole / 2**30:.1f} GiB")
+    for gpu in environment.gpus:
+        if gpu.processes:
+            found.append(f"{gpu.processes} other processes compute on {gpu.name}")
+        if gpu.temperature_c > HOT_C:
+            found.append(f"{gpu.name} is hot: {gpu.temperature_c:g} degrees Celsius")
     return found

@@ -29,7 +29,7 @@ class Effort(NamedTuple):
 
 
 PRESETS: dict[Preset, Effort] = {
-    "quick": Effort(blocks=21, block_ms=80, warmup_ms=200, processes=3),
+    "quick": Effort(blocks=21, block_ms=50, warmup_ms=150, processes=3),
     "standard": Effort(blocks=96, block_ms=100, warmup_ms=300, processes=8),
     "full": Effort(blocks=320, block_ms=500, warmup_ms=1000, processes=16),
 }
@@ -109,6 +109,11 @@ class BenchResult(Value):
     environment: Environment
     """Before the run."""
     load_average_after: float
+    frequency_mhz_after: float | None = None
+    others_share: float | None = None
+    """Share of the machine's CPU time that other processes took during the run, if it is told."""
+    disturbances: tuple[str, ...] = ()
+    """Those of the notes that say what about the machine made the times noisy."""
     steal_share: float | None
     """Share of CPU time that the hypervisor gave to others during the run, where it is told."""
     notes: tuple[str, ...] = ()

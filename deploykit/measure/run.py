@@ -52,10 +52,13 @@ def bench(
     setup = Setup(options, host.choose_cores(options.threads), worker)
     control = candidates[0].model_copy(update={"name": f"{candidates[0].name} (again)"})
     run = _Run([*candidates, control], setup, data, progress or _silent)
-    before, ticks = environment.read(), host.cpu_ticks()
+    before = environment.read()
+    ticks, busy, own = host.cpu_ticks(), host.busy_ticks(), host.own_ticks()
     for batch_size in dict.fromkeys(options.batch_sizes):
         run.measure(batch_size)
     steal = host.steal_share(ticks, host.cpu_ticks())
+    others = host.others_share(busy, host.busy_ticks(), host.own_ticks() - own)
+    disturbances = host.notes(before, steal, others)
     return BenchResult(
         baseline=candidates[0].name,
         control=control.name,
@@ -65,8 +68,11 @@ def bench(
         data_digest=data.digest if data else None,
         environment=before,
         load_average_after=os.getloadavg()[0],
+        frequency_mhz_after=environment.read().frequency_mhz,
         steal_share=steal,
-        notes=(*_notes(options, data), *host.notes(before, steal), *run.notes),
+        others_share=others,
+        disturbances=tuple(disturbances),
+        notes=(*_notes(options, data), *disturbances, *run.notes),
     )
 
 

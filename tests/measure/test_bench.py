@@ -30,8 +30,10 @@ FATES = {
     "exit": "the process ended with exit code 3",
     "raise": "ArithmeticError: no luck",
     "missing": "fakert cannot run here: it is not installed",
+    "fallen": "asked for fake, ran 60% on cpu",
+    "halved": "the model is fp32, but no operator ran in it (ran: fp16 1)",
 }
-GOOD = ("steady", "rounded", "talk", "stall", "slow-load", "hungry")
+GOOD = ("steady", "rounded", "talk", "stall", "slow-load", "hungry", "leaning", "brain")
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,12 @@ def test_a_planted_difference_is_claimed_and_its_absence_is_not(result):
 def test_no_call_is_shorter_than_the_truth(result):
     for kind in GOOD:
         assert min(min(block) for block in result.of(kind, 1).blocks_ns) >= 200_000
+
+
+def test_what_a_runtime_did_with_part_of_the_work_is_told(result):
+    assert "leaning (batch 1): asked for fake, ran 20% on cpu" in result.notes
+    assert "brain (batch 1): the file is fp32, the runtime ran bf16 1" in result.notes
+    assert [k.provider for k in result.of("leaning", 1).kernels] == ["fake", "cpu"]
 
 
 def test_stalls_stay_in_the_raw_times(result):
@@ -170,7 +178,7 @@ def test_long_calls_shorten_the_run(fake, vectors):
     options = FAST.model_copy(update={"blocks": 60, "block_ms": 1})
     result = bench([fake("steady:12")], options, data=vectors, worker=FAKE_WORKER)
     assert len(result.of("steady", 1).blocks_ns) == 15
-    assert "15 blocks instead of 60: calls are long" in result.notes
+    assert "15 blocks a process instead of 60: calls are long" in result.notes
 
 
 def test_the_order_of_blocks_is_random_and_seeded(fake, vectors, monkeypatch):
