@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from shutil import which
 
-from deploykit.values import Value
+from deploykit.values import Json, Value
 
 LIBRARIES = (
     "deploykit", "torch", "torch-pruning", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
@@ -27,6 +27,7 @@ INT8_DOT_PRODUCT = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 """Any one of them sums 8-bit products in 32 bits."""
 
 
+MOMENTARY = {"load_average", "frequency_mhz", "memory_available_bytes", "gpus"}
 CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 
 
@@ -67,6 +68,22 @@ class Environment(Value):
     """Of the control group, None for no limit."""
     container: str | None = None
     gpus: tuple[Gpu, ...] = ()
+
+    def lasting(self) -> Json:
+        """What of it stays as it is from one minute to the next: part of keys of kept work."""
+        plain = self.model_dump(mode="json", exclude=MOMENTARY)
+        return {**plain, "gpus": [[gpu.name, gpu.driver] for gpu in self.gpus]}
+
+    def hardware(self) -> Json:
+        """What makes two machines the same experiment: libraries and kernel may differ."""
+        return {
+            "cpu": self.cpu,
+            "cpu features": list(self.cpu_features),
+            "cores": self.cores,
+            "cpu quota": self.cpu_quota,
+            "memory in GiB": round(self.memory_bytes / 2**30),
+            "gpus": [gpu.name for gpu in self.gpus],
+        }
 
 
 def read() -> Environment:
@@ -201,7 +218,7 @@ def _memory_limit_bytes() -> int | None:
 
 def _container() -> str | None:
     """What kind of container this is, by the marks that each leaves."""
-    if kind := os.environ.get("container"):
+    if kind := os.environ.get("container"):  # noqa: SIM112 - systemd writes it so
         return kind
     if "KUBERNETES_SERVICE_HOST" in os.environ:
         return "kubernetes"

@@ -23,9 +23,9 @@ def choose_cores(threads: int) -> tuple[int, ...]:
     Of cores as quiet as each other, one whose sibling is not taken comes first, and the first core
     last, since it serves most interrupts. Raises UsageError: there are fewer.
     """
-    if not hasattr(os, "sched_getaffinity"):
+    allowed = usable_cores()
+    if not allowed:
         return ()
-    allowed = sorted(os.sched_getaffinity(0))
     if threads > len(allowed):
         raise UsageError(
             f"{threads} threads asked for, {len(allowed)} cores may be used here",
@@ -39,6 +39,11 @@ def choose_cores(threads: int) -> tuple[int, ...]:
         chosen.append(best)
         taken |= siblings(best)
     return tuple(sorted(chosen))
+
+
+def usable_cores() -> tuple[int, ...]:
+    """The cores that this process may use; empty where that cannot be told."""
+    return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
 
 
 def busy_shares(seconds: float) -> dict[int, float]:

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 from deploykit import _files, store
 from deploykit.environment import Environment
 from deploykit.errors import UsageError, did_you_mean
-from deploykit.values import Artifact, Measurement, Value, parse
+from deploykit.values import Artifact, Measurement, Score, Value, parse
 
 MIN_BLOCKS = 15
 """Fewer blocks carry no interval (google-benchmark and criterion take 15 and more)."""
@@ -51,6 +51,9 @@ class BenchOptions(Value):
 
     batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (1,), min_length=1, description="Samples in one call; each size is measured apart."
+    )
+    instances: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="How many at the same time, for throughput: each number is measured apart."
     )
     threads: int = Field(1, ge=1, description="Threads and CPU cores of each model.")
     preset: Preset = Field(
@@ -93,6 +96,19 @@ class BenchOptions(Value):
         )
 
 
+class Instances(Value):
+    """Blocks of several instances of one engine that ran at the same time."""
+
+    name: str
+    batch_size: int
+    blocks_ns: tuple[tuple[tuple[int, ...], ...], ...]
+    """`[i][j][k]` is call k of block j of instance i; blocks of equal index ran at once."""
+    affinity: tuple[tuple[int, ...], ...]
+    shared: bool
+    """Whether the instances had to share cores."""
+    invalid: str | None = None
+
+
 class BenchResult(Value):
     """All raw times of a run, and what is needed to judge them.
 
@@ -103,6 +119,9 @@ class BenchResult(Value):
     baseline: str
     control: str
     measurements: tuple[Measurement, ...]
+    instances: tuple[Instances, ...] = ()
+    scores: dict[str, Score] = {}
+    """By engine, where a metric was asked for."""
     options: BenchOptions
     inputs: Literal["real", "random"]
     data_digest: str | None

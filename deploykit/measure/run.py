@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import product
 from math import ceil
 from pathlib import Path
 from statistics import median_low
@@ -18,8 +19,9 @@ from deploykit.dataset import Dataset
 from deploykit.errors import UsageError
 from deploykit.measure import feeds, host
 from deploykit.measure.child import WORKER
+from deploykit.measure.instances import split_cores, together
 from deploykit.measure.lane import Lane, Setup
-from deploykit.measure.result import MIN_BLOCKS, BenchOptions, BenchResult, Candidate
+from deploykit.measure.result import MIN_BLOCKS, BenchOptions, BenchResult, Candidate, Instances
 from deploykit.values import Measurement
 
 Progress = Callable[[str, int, int], None]
@@ -63,6 +65,7 @@ def bench(
         baseline=candidates[0].name,
         control=control.name,
         measurements=tuple(run.measurements),
+        instances=tuple(run.instances),
         options=options,
         inputs="real" if data else "random",
         data_digest=data.digest if data else None,
@@ -105,6 +108,7 @@ class _Run:
         self, entries: list[Candidate], setup: Setup, data: Dataset | None, progress: Progress
     ) -> None:
         self.measurements: list[Measurement] = []
+        self.instances: list[Instances] = []
         self._notes: dict[str, None] = {}
         self._entries, self._setup, self._data, self._progress = entries, setup, data, progress
         self._rng = np.random.default_rng(setup.options.seed)
@@ -112,7 +116,9 @@ class _Run:
         effort = setup.options.effort
         self._blocks = ceil(effort.blocks / effort.processes)
         self._per_round = 2 * len(entries) + self._blocks
-        self._steps = len(set(setup.options.batch_sizes)) * effort.processes * self._per_round
+        at_once = len(set(setup.options.instances)) * (len(entries) - 1)
+        per_size = effort.processes * self._per_round + at_once
+        self._steps = len(set(setup.options.batch_sizes)) * per_size
 
     @property
     def notes(self) -> list[str]:
@@ -129,6 +135,12 @@ class _Run:
                 good = [e for e in self._entries if not any(p.invalid for p in parts[e.name])]
                 for part in self._round(good, batch_size, pool, number):
                     parts[part.name].append(part)
+            good = [e for e in self._entries[:-1] if not any(p.invalid for p in parts[e.name])]
+            for entry, count in product(good, dict.fromkeys(self._setup.options.instances)):
+                self._step(f"{count} at once: {entry.name}")
+                threads = self._setup.options.threads
+                cores = split_cores(host.usable_cores(), count, threads)
+                self.instances.append(together(entry, batch_size, cores, self._setup, pool))
         self.measurements.extend(merged(each) for each in parts.values())
         if parts[self._entries[0].name][-1].invalid:
             label = f"{self._entries[0].name} (batch {batch_size})"
