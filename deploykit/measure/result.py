@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 from deploykit import _files, store
 from deploykit.environment import Environment
 from deploykit.errors import UsageError, did_you_mean
-from deploykit.values import Artifact, Measurement, Score, Value, parse
+from deploykit.values import Artifact, Measurement, Value, parse
 
 MIN_BLOCKS = 15
 """Fewer blocks carry no interval (google-benchmark and criterion take 15 and more)."""
@@ -120,8 +120,6 @@ class BenchResult(Value):
     control: str
     measurements: tuple[Measurement, ...]
     instances: tuple[Instances, ...] = ()
-    scores: dict[str, Score] = {}
-    """By engine, where a metric was asked for."""
     options: BenchOptions
     inputs: Literal["real", "random"]
     data_digest: str | None
