@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from deploykit.measure import (
     write_result,
 )
 from deploykit.measure.lane import Lane
+from deploykit.measure.statistics import throughput_together
 
 from .conftest import FAKE_WORKER, FAST
 
@@ -234,3 +236,33 @@ def test_the_worker_leaves_stdin_and_stdout_to_nobody():
     command = [sys.executable, "-m", "deploykit.measure.worker"]
     ended = subprocess.run(command, input="", capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_instances_at_once_are_added_up_and_a_broken_engine_is_left_out(fake, vectors):
+    options = FAST.model_copy(update={"instances": (1, 2)})
+    result = bench([fake("steady:0.4"), fake("missing")], options, data=vectors, worker=FAKE_WORKER)
+    assert [(i.name, len(i.blocks_ns)) for i in result.instances] == [("steady", 1), ("steady", 2)]
+    one, two = result.instances
+    assert not one.shared
+    assert two.shared == (len(os.sched_getaffinity(0)) < 2)
+    assert all(len(blocks) == 15 for blocks in two.blocks_ns)
+    assert throughput_together(two).value <= 2 / 0.4e-3
+
+
+def test_several_processes_give_the_blocks_between_them(fake, vectors, started):
+    options = FAST.model_copy(update={"processes": 3, "blocks": 16})
+    result = bench([fake("steady"), fake("crash")], options, data=vectors, worker=FAKE_WORKER)
+    steady = result.of("steady", 1)
+    assert steady.process_blocks == (6, 6, 6)
+    assert len(steady.blocks_ns) == 18
+    assert len(steady.loads_ns) == len(steady.first_runs_ns) == 3
+    assert "signal 11" in result.of("crash", 1).invalid
+    assert len(started) == 3 * 2 + 1  # what crashed is not started again
+
+
+def test_many_processes_end_early_where_loading_is_long(fake, vectors, monkeypatch):
+    monkeypatch.setattr("deploykit.measure.run.LONG", 0)
+    options = FAST.model_copy(update={"processes": 5})
+    result = bench([fake("steady")], options, data=vectors, worker=FAKE_WORKER)
+    assert result.of("steady", 1).process_blocks == (3, 3, 3)
+    assert "3 processes instead of 5: loading is long" in result.notes

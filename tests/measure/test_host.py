@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from deploykit import environment
 from deploykit.errors import UsageError
 from deploykit.measure import host
 
@@ -54,3 +55,23 @@ def test_a_core_that_works_is_seen_to_work():
         os.sched_setaffinity(0, before)
     assert last[0] - first[0] < 0.2 * (last[1] - first[1])  # idle ticks
     assert core in host.siblings(core)
+
+
+def test_what_disturbs_is_named():
+    quiet = environment.read().model_copy(
+        update={
+            "load_average": 0.0, "governor": "performance", "cpu_quota": None, "cores": 4,
+            "memory_available_bytes": 8 << 30, "memory_bytes": 16 << 30, "gpus": (),
+        }
+    )  # fmt: skip
+    assert host.notes(quiet, 0.0, 0.0) == []
+    loud = quiet.model_copy(
+        update={"load_average": 3.0, "governor": "powersave", "cpu_quota": 1.5,
+                "memory_available_bytes": 1 << 30}
+    )  # fmt: skip
+    told = " | ".join(host.notes(loud, 0.05, 0.4))
+    for words in (
+        "governor is 'powersave'", "1.5 of 4 cores", "1.0 of 16.0 GiB", "processes took 40%",
+        "load average 3", "hypervisor took 5.0%",
+    ):  # fmt: skip
+        assert words in told
