@@ -89,7 +89,7 @@ def compare_command(reference: str, candidate: str, *, as_json: bool, **given: A
 @click.command("bench", help=COMMANDS["bench"][1])
 @click.argument("models", nargs=-1, required=True)
 @click.option(
-    "--backend", "names", multiple=True, help="pytorch, ort-cpu, openvino; by default all."
+    "--backend", "names", multiple=True, help="As `deploykit doctor` names them; by default all."
 )
 @_common.data_option(text="Inputs to run; the word 'random' makes some up and marks the result.")
 @_options.fields(BenchOptions)
