@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from shutil import which
 
+from deploykit import gpu
+from deploykit.gpu import Gpu
 from deploykit.values import Json, Value
 
 LIBRARIES = (
@@ -27,21 +27,8 @@ INT8_DOT_PRODUCT = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 """Any one of them sums 8-bit products in 32 bits."""
 
 
-MOMENTARY = {"load_average", "frequency_mhz", "memory_available_bytes", "gpus"}
+MOMENTARY = {"load_average", "frequency_mhz", "memory_available_bytes"}
 CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
-
-
-class Gpu(Value):
-    """A GPU as NVIDIA's driver tells it."""
-
-    name: str
-    driver: str
-    memory_mib: float
-    clock_mhz: float
-    """Of the multiprocessors, now."""
-    temperature_c: float
-    processes: int
-    """That compute on it now."""
 
 
 class Environment(Value):
@@ -68,11 +55,12 @@ class Environment(Value):
     """Of the control group, None for no limit."""
     container: str | None = None
     gpus: tuple[Gpu, ...] = ()
+    driver: str | None = None
+    """Version of the NVIDIA driver, None where there is no GPU."""
 
     def lasting(self) -> Json:
         """What of it stays as it is from one minute to the next: part of keys of kept work."""
-        plain = self.model_dump(mode="json", exclude=MOMENTARY)
-        return {**plain, "gpus": [[gpu.name, gpu.driver] for gpu in self.gpus]}
+        return self.model_dump(mode="json", exclude=MOMENTARY)
 
     def hardware(self) -> Json:
         """What makes two machines the same experiment: libraries and kernel may differ."""
@@ -88,6 +76,7 @@ class Environment(Value):
 
 def read() -> Environment:
     """Describe this machine now."""
+    gpus = gpu.devices()
     return Environment(
         system=f"{platform.system()} {platform.release()}",
         machine=platform.machine(),
@@ -107,7 +96,8 @@ def read() -> Environment:
         memory_available_bytes=_memory_available_bytes(),
         memory_limit_bytes=_memory_limit_bytes(),
         container=_container(),
-        gpus=gpus(),
+        gpus=() if isinstance(gpus, str) else gpus,
+        driver=gpu.driver(),
     )
 
 
@@ -146,48 +136,6 @@ def is_arm() -> bool:
 def _cpuinfo() -> str:
     path = Path("/proc/cpuinfo")
     return path.read_text().split("\n\n")[0] if path.exists() else ""
-
-
-def gpus() -> tuple[Gpu, ...]:
-    """The GPUs that nvidia-smi tells of; none where it is not there or has nothing to tell."""
-    fields = "name,driver_version,memory.total,clocks.sm,temperature.gpu,uuid"
-    busy = [line[0] for line in _nvidia_smi("--query-compute-apps=gpu_uuid")]
-    found = []
-    for name, driver, memory, clock, temperature, uuid in _nvidia_smi(f"--query-gpu={fields}"):
-        found.append(
-            Gpu(
-                name=name,
-                driver=driver,
-                memory_mib=_number(memory),
-                clock_mhz=_number(clock),
-                temperature_c=_number(temperature),
-                processes=busy.count(uuid),
-            )
-        )
-    return tuple(found)
-
-
-def _nvidia_smi(query: str) -> list[list[str]]:
-    """Rows of a query's answer."""
-    program = which("nvidia-smi")
-    if program is None:
-        return []
-    try:
-        told = subprocess.run(
-            [program, query, "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [[word.strip() for word in row.split(",")] for row in told.stdout.splitlines() if row]
-
-
-def _number(text: str) -> float:
-    """A number of nvidia-smi; NaN for its `[N/A]`."""
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
 
 
 def _first_line(path: Path) -> str | None:

@@ -130,24 +130,3 @@ def test_what_lasts_is_the_same_a_moment_later() -> None:
     one, other = environment.read(), environment.read()
     assert one.lasting() == other.lasting()
     assert not {"load_average", "frequency_mhz", "memory_available_bytes"} & set(one.lasting())
-
-
-def test_gpus_are_as_the_driver_tells_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert environment.gpus() == () or environment.gpus()[0].driver
-    fake = tmp_path / "nvidia-smi"
-    fake.write_text(
-        "#!/bin/sh\ncase $1 in\n"
-        "--query-gpu=*) echo 'Fake T4, 550.54, 15360, 585, [N/A], GPU-1';;\n"
-        "*) printf 'GPU-1\\nGPU-1\\n';;\nesac\n"
-    )
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    (gpu,) = environment.gpus()
-    assert (gpu.name, gpu.driver, gpu.memory_mib, gpu.clock_mhz) == (
-        "Fake T4",
-        "550.54",
-        15360,
-        585,
-    )
-    assert gpu.temperature_c != gpu.temperature_c  # not told
-    assert gpu.processes == 2

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 from deploykit._lazy import INSTALL, installed
 from deploykit.errors import InputError
 from deploykit.values import Artifact, Feed, TensorSpec
@@ -14,15 +12,6 @@ def missing_library(module: str) -> str | None:
     if installed(module):
         return None
     return f"{module} is not installed: {INSTALL.get(module, f'pip install {module}')}"
-
-
-def missing_driver() -> str | None:
-    """The sentence for a machine without NVIDIA's driver, or None."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "no NVIDIA driver on this machine: libcuda.so.1 is not found"
-    return None
 
 
 def check_feed(feed: Feed, inputs: tuple[TensorSpec, ...]) -> None:

@@ -14,8 +14,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from deploykit import gpu
 from deploykit._lazy import needs
-from deploykit.backends._common import check_feed, missing_driver, missing_library, refused
+from deploykit.backends._common import check_feed, missing_library, refused
 from deploykit.environment import versions
 from deploykit.errors import MissingError
 from deploykit.values import Array, Artifact, Feed, Format, Kernel, Placement, SessionOptions
@@ -63,7 +64,7 @@ class OrtGpu:
                 "pip install 'deploykit[gpu]'"
             )
         needs_tensorrt = self._provider == TENSORRT
-        return missing_driver() or (missing_library("tensorrt") if needs_tensorrt else None)
+        return gpu.unavailable() or (missing_library("tensorrt") if needs_tensorrt else None)
 
     def open(self, artifact: Artifact, options: SessionOptions) -> OrtSession:
         """Create an inference session. Raises MissingError: the provider does not come up."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from deploykit.backends._common import check_feed, missing_library
 from deploykit.errors import InputError
-from deploykit.formats import torch_folder
+from deploykit.formats import torch_folder, torch_module
 from deploykit.values import Array, Artifact, Feed, Format, Kernel, Placement, SessionOptions
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class PyTorchSession:
 
         check_feed(feed, self.inputs)
         torch.set_num_threads(self._threads)
-        arrays = torch_folder.run(self._module, self.inputs, feed)
+        arrays = torch_module.run(self._module, self.inputs, feed)
         return {spec.name: array for spec, array in zip(self.outputs, arrays, strict=True)}
 
     def prepare(self, feed: Feed) -> Callable[[], object]:
@@ -79,10 +79,11 @@ class PyTorchSession:
         torch.set_num_threads(self._threads)
         tensors = [torch.from_numpy(feed[spec.name].copy()) for spec in self.inputs]
         module = self._module
+        given, named = torch_module.arguments(module, self.inputs, tensors)
 
         def call() -> object:
             with torch.inference_mode():
-                return module(*tensors)
+                return module(*given, **named)
 
         return call
 
@@ -139,8 +140,8 @@ class PyTorchCompileSession(PyTorchSession):
         super().__init__(artifact, options)
         import torch
 
-        self._eager, self._path = self._module, artifact.path
-        self._module = cast("nn.Module", torch.compile(self._eager, fullgraph=True, dynamic=False))
+        self._path = artifact.path
+        self._module = cast("nn.Module", torch.compile(self._module, fullgraph=True, dynamic=False))
 
     def run(self, feed: Feed) -> dict[str, Array]:
         """Run one batch. Raises InputError: PyTorch does not compile the model as one graph."""

@@ -16,6 +16,7 @@ from deploykit.errors import AnswerIsNo, UsageError
 from deploykit.evaluation import collect, compare, evaluate
 from deploykit.measure import BenchOptions, Candidate, bench
 from deploykit.report import timings
+from deploykit.report.differences import difference
 from deploykit.report.summary import interval
 from deploykit.values import Artifact, SessionOptions
 
@@ -76,12 +77,7 @@ def compare_command(reference: str, candidate: str, *, as_json: bool, **given: A
         backends.open_session(_common.on_disk(candidate), given["backend"], options) as other,
     ):
         found = compare(one, other, opened)
-    lines = [
-        f"{d.output}: max |difference| {d.max_absolute:.3g} ({d.max_relative:.3g} of the largest), "
-        f"cosine {d.cosine:.6f}, SQNR {d.sqnr_db:.1f} dB"
-        + (f", same argmax {d.agreement:.4f}" if d.agreement is not None else "")
-        for d in found
-    ]
+    lines = [difference(d) for d in found]
     document = {"outputs": [d.model_dump(mode="json") for d in found]}
     _common.show(document, "\n".join(lines), as_json=as_json, schema="deploykit.comparison/1")
 
@@ -89,7 +85,10 @@ def compare_command(reference: str, candidate: str, *, as_json: bool, **given: A
 @click.command("bench", help=COMMANDS["bench"][1])
 @click.argument("models", nargs=-1, required=True)
 @click.option(
-    "--backend", "names", multiple=True, help="As `deploykit doctor` names them; by default all."
+    "--backend",
+    "names",
+    multiple=True,
+    help="As `deploykit doctor` names them; by default all but pytorch-compile.",
 )
 @_common.data_option(text="Inputs to run; the word 'random' makes some up and marks the result.")
 @_options.fields(BenchOptions)
@@ -165,10 +164,7 @@ def _candidates(
 
 def _fitting(artifact: Artifact, names: tuple[str, ...]) -> list[str]:
     if not names:
-        fitting = [b.name for b in backends.available(artifact.format)]
-        if not fitting:
-            raise backends.no_backend(artifact)
-        return fitting
+        return backends.fitting(artifact)
     fitting = [name for name in names if artifact.format in backends.backend(name).formats]
     if not fitting:
         raise UsageError(

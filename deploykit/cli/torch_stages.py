@@ -9,6 +9,7 @@ import click
 
 from deploykit.cli import COMMANDS, _common, _options
 from deploykit.cli._observer import Terminal
+from deploykit.report.differences import proof
 from deploykit.stages.distill import DistillOptions, distill
 from deploykit.stages.export import ExportOptions, export
 from deploykit.stages.prune import PruneOptions, prune
@@ -81,3 +82,5 @@ def export_command(
     options = _options.make(ExportOptions, given)
     artifact = export(source, options, out=output, data=opened, force=force)
     _common.made(artifact, as_json=as_json)
+    if not as_json:
+        click.echo("\n".join(proof(artifact)))

@@ -13,8 +13,8 @@ LOOK_SECONDS = 0.25
 """How long cores are watched before some are chosen."""
 BUSY, STOLEN, OTHERS = 0.5, 0.01, 0.1
 """Worth a note: cores in use before a run, CPU time stolen, and taken by others during it."""
-LITTLE_MEMORY, HOT_C = 0.1, 83
-"""Worth a note: share of the memory that is free, and a GPU's temperature in degrees Celsius."""
+LITTLE_MEMORY = 0.1
+"""Worth a note: share of the memory that is free."""
 
 
 def choose_cores(threads: int) -> tuple[int, ...]:
@@ -162,9 +162,4 @@ def _standing(environment: Environment) -> list[str]:
     free, whole = environment.memory_available_bytes, environment.memory_bytes
     if free is not None and free < LITTLE_MEMORY * whole:
         found.append(f"little memory is free: {free / 2**30:.1f} of {whole / 2**30:.1f} GiB")
-    for gpu in environment.gpus:
-        if gpu.processes:
-            found.append(f"{gpu.processes} other processes compute on {gpu.name}")
-        if gpu.temperature_c > HOT_C:
-            found.append(f"{gpu.name} is hot: {gpu.temperature_c:g} degrees Celsius")
     return found

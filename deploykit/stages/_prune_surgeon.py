@@ -11,7 +11,7 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from deploykit.formats import torch_folder
+from deploykit.formats import torch_edits, torch_module
 from deploykit.stages._prune_groups import Group, Items, find_groups
 from deploykit.values import TensorSpec
 
@@ -32,7 +32,7 @@ class Surgeon:
     def __init__(self, module: nn.Module, inputs: tuple[TensorSpec, ...]) -> None:
         self.module = module
         self._inputs = tuple(_sized(spec) for spec in inputs)
-        self._graph = torch_folder.dependency_graph(module, self._inputs)
+        self._graph = torch_edits.dependency_graph(module, self._inputs)
 
     def groups(self) -> tuple[Group, ...]:
         """The groups of the module as it is now. Raises StageError."""
@@ -58,7 +58,7 @@ class Surgeon:
         reason = self._try(root, channels)
         if reason:
             self.module = before
-            self._graph = torch_folder.dependency_graph(before, self._inputs)
+            self._graph = torch_edits.dependency_graph(before, self._inputs)
         return reason
 
     def _try(self, root: str, channels: Sequence[int]) -> str | None:
@@ -87,8 +87,9 @@ class Surgeon:
         import torch
 
         with torch.inference_mode():
-            probe = torch_folder.examples(self._inputs, batch=2, seed=1)
-            return torch_folder.output_tensors(self.module(*probe))
+            probe = torch_module.examples(self._inputs, batch=2, seed=1)
+            called = torch_module.call(self.module, self._inputs, probe)
+            return torch_module.output_tensors(called)
 
 
 def _sized(spec: TensorSpec) -> TensorSpec:

@@ -58,9 +58,9 @@ def test_each_reason_is_told_in_turn(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ort, "versions", lambda names: {})
     assert "is built for the CPU" in runtime.unavailable()
     monkeypatch.setattr(ort, "versions", lambda names: {"onnxruntime-gpu": "1"})
-    monkeypatch.setattr(ort, "missing_driver", lambda: "no driver")
+    monkeypatch.setattr(ort.gpu, "unavailable", lambda: "no driver")
     assert runtime.unavailable() == "no driver"
-    monkeypatch.setattr(ort, "missing_driver", lambda: None)
+    monkeypatch.setattr(ort.gpu, "unavailable", lambda: None)
     monkeypatch.setattr(ort, "missing_library", lambda name: None)
     assert runtime.unavailable() is None
 

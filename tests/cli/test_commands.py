@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 
 from deploykit.cli import COMMANDS
@@ -135,3 +137,72 @@ def test_doctor_says_what_works_here(deploykit: Command) -> None:
     assert document["checks"]["ort-cpu"] == {"ok": True, "reason": None}
     assert document["environment"]["cores"] >= 1
     assert "int8 preset here" in deploykit("doctor").out
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 500 test images."""
+    path = tmp_path_factory.mktemp("few") / "few.npz"
+    with np.load(EVALUATION) as arrays:
+        np.savez(path, **{name: arrays[name][:500] for name in arrays})
+    shutil.copy(FASHION / "preprocessing.toml", path.parent)
+    return path
+
+
+@pytest.mark.parametrize("drop", ["0.01", "1%"])
+def test_a_promise_is_kept_and_told(
+    deploykit: Command, teacher_onnx: Artifact, few: Path, tmp_path: Path, drop: str
+) -> None:
+    out = tmp_path / "q.onnx"
+    told = deploykit(
+        "quantize", teacher_onnx.path, "--calibration-data", CALIBRATION, "-o", out, "--json",
+        "--max-drop", drop, "--evaluation-data", few, "--scope", "residual",
+        "--calibration-method", "minmax",
+    )  # fmt: skip
+    assert told.code == 0, told.err
+    search = json.loads(told.out)["history"][-1]["facts"]["search"]
+    limit = 0.01 * (search["float_score"] if drop == "1%" else 1)
+    assert search["float_score"] == pytest.approx(0.93, abs=0.02)  # top1, which is the default
+    assert search["chosen"]["drop"] <= limit
+
+
+def test_a_promise_that_cannot_be_kept_is_a_no_and_writes_nothing(
+    deploykit: Command, teacher_onnx: Artifact, few: Path, tmp_path: Path
+) -> None:
+    told = deploykit(
+        "quantize", teacher_onnx.path, "--calibration-data", CALIBRATION,
+        "-o", tmp_path / "q.onnx", "--max-drop", "0", "--evaluation-data", few,
+        "--metric", "cosine", "--scope", "residual", "--calibration-method", "minmax",
+        "--corrections", "none",
+    )  # fmt: skip
+    assert told.code == 7
+    assert "no INT8 model keeps cosine within 0 of 1; the nearest is" in told.err
+    assert "drop and time over float of what was tried: residual-minmax" in told.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--metric", "cosine"), "go together"),
+        (("--max-drop", "1%"), "go together"),
+        (("--evaluation-data", EVALUATION), "go together"),
+        (("--max-drop", "1 %%", "--evaluation-data", EVALUATION), "'1 %%' is no number from 0 up"),
+        (("--max-drop", "-1%", "--evaluation-data", EVALUATION), "'-1%' is no number from 0 up"),
+        (("--max-drop", "nan", "--evaluation-data", EVALUATION), "'nan' is no number from 0 up"),
+    ],
+)
+def test_half_a_promise_is_refused(
+    deploykit: Command,
+    teacher_onnx: Artifact,
+    tmp_path: Path,
+    words: tuple[object, ...],
+    named: str,
+) -> None:
+    told = deploykit(
+        "quantize", teacher_onnx.path, "--calibration-data", CALIBRATION,
+        "-o", tmp_path / "q.onnx", *words,
+    )  # fmt: skip
+    assert told.code == 2
+    assert named in told.lines[0]
+    assert not list(tmp_path.iterdir())

@@ -75,7 +75,13 @@ class QuantizeOptions(Value):
 
     @property
     def preset(self) -> Preset:
-        """Types and places of the pairs."""
+        """Types and places of the pairs. Raises UsageError: the options do not fit each other."""
+        if self.processor != "this" and (self.target == "tensorrt" or self.precision != "int8"):
+            raise UsageError(
+                f"--processor {self.processor} is for int8 on a CPU, not for {self.precision} "
+                f"on {self.target}",
+                hint="leave --processor out",
+            )
         wide = {"this": None, "vnni": True, "arm": True, "any": False}[self.processor]
         return preset(self.target, self.precision, int8_dot_product=wide)
 

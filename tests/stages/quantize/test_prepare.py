@@ -8,10 +8,11 @@ import pytest
 
 from deploykit.backends import open_session
 from deploykit.evaluation import collect
+from deploykit.formats.onnx_lift import OPSET
 from deploykit.stages.quantize import QuantizeOptions, quantize
-from deploykit.stages.quantize.prepare import OPSET, _rename, prepare
+from deploykit.stages.quantize.prepare import NOT_FOLDED, _rename, prepare
 from deploykit.values import Array
-from tests.stages.quantize.test_graph import CONV, normal, parsed, stored
+from tests.formats.test_onnx_graph import CONV, normal, parsed, stored
 from tests.stages.quantize.test_qdq import follow
 
 IMAGE = "(float[N,3,8,8] x) => (float[N,4,8,8] y)"
@@ -214,11 +215,9 @@ def test_where_shape_inference_fails_the_rest_still_works(
     text = f"{IMAGE} {{ h = {CONV}(x, w, b) r = Relu(h) y = {CONV}(r, v) }}"
     source, data = stored(parsed(text, **WEIGHTS), tmp_path, x=normal(12, 3, 8, 8))
     int8 = quantize(source, FIXED, data=data, out=tmp_path / "q.onnx")
-    ways = {
-        "symbolic": "folded, without symbolic shapes",
-        "both": "not folded: ONNX Runtime's pass fails on it",
-    }
+    ways = {"symbolic": "folded, without symbolic shapes", "both": NOT_FOLDED}
     assert int8.facts["prepared"] == [ways[failing]]
+    assert (NOT_FOLDED in int8.facts["warnings"]) == (failing == "both")
     assert int8.facts["compute_nodes_quantized"] == 2
     assert follow(source, int8, data, "ort-cpu") > 20
 

@@ -272,6 +272,13 @@ def test_the_processor_that_will_serve_decides_the_bits_of_the_weights() -> None
     assert bits("this") == preset("ort-cpu").weight_bits
 
 
+@pytest.mark.parametrize("change", [{"target": "tensorrt"}, {"precision": "int4"}])
+def test_a_processor_where_none_is_asked_about_is_refused(change: dict[str, str]) -> None:
+    options = QuantizeOptions.model_validate({"processor": "arm", **change})
+    with pytest.raises(UsageError, match=r"--processor arm is for int8 on a CPU"):
+        _ = options.preset
+
+
 def test_what_is_judged_on_another_runtime_says_so(
     teacher_onnx: Artifact, calibration: Dataset, tmp_path: Path
 ) -> None:
