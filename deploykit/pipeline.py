@@ -162,7 +162,7 @@ def _score(run: Run, name: str, backend: str) -> None:
             "data": evaluated.digest,
             "metric": evaluation.metric_identity(metric),
             "reference": reference.sha256,
-            "machine": read_environment().model_dump(mode="json", exclude={"load_average"}),
+            "machine": read_environment().lasting(),
             "code": store.code_digest(),
         }
     )
@@ -214,7 +214,7 @@ def _bench(run: Run) -> BenchResult:
             "candidates": [(c.name, c.artifact.sha256) for c in candidates],
             "options": options.model_dump(mode="json"),
             "data": evaluated.digest,
-            "environment": read_environment().model_dump(mode="json", exclude={"load_average"}),
+            "environment": read_environment().lasting(),
             "code": store.code_digest(),
         }
     )

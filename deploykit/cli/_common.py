@@ -47,9 +47,7 @@ STDOUT = "deploykit.stdout"
 json_option = click.option(
     "--json", "as_json", is_flag=True, callback=_reserve_stdout, help="Print one JSON document."
 )
-backend_option = click.option(
-    "--backend", help="pytorch, ort-cpu, openvino, tensorrt or tensorrt-rtx."
-)
+backend_option = click.option("--backend", help="As `deploykit doctor` names them: ort-cpu, ...")
 threads_option = click.option(
     "--threads", type=click.IntRange(1), default=None, help="Threads of the runtime."
 )

@@ -85,7 +85,10 @@ def compare_command(reference: str, candidate: str, *, as_json: bool, **given: A
 @click.command("bench", help=COMMANDS["bench"][1])
 @click.argument("models", nargs=-1, required=True)
 @click.option(
-    "--backend", "names", multiple=True, help="pytorch, ort-cpu, openvino; by default all."
+    "--backend",
+    "names",
+    multiple=True,
+    help="As `deploykit doctor` names them; by default all but pytorch-compile.",
 )
 @_common.data_option(text="Inputs to run; the word 'random' makes some up and marks the result.")
 @_options.fields(BenchOptions)
@@ -147,7 +150,7 @@ def _candidates(
 ) -> list[Candidate]:
     """Each model on each backend that was asked for and takes it; by default on all that can."""
     for name in names:
-        backends.backend(name)
+        backends.check_available(name)
     made = []
     for reference in models:
         artifact = _common.model(reference, given, data)
@@ -161,10 +164,7 @@ def _candidates(
 
 def _fitting(artifact: Artifact, names: tuple[str, ...]) -> list[str]:
     if not names:
-        fitting = [b.name for b in backends.available(artifact.format)]
-        if not fitting:
-            raise backends.no_backend(artifact)
-        return fitting
+        return backends.fitting(artifact)
     fitting = [name for name in names if artifact.format in backends.backend(name).formats]
     if not fitting:
         raise UsageError(

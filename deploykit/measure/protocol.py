@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from deploykit.values import Artifact, Placement, SessionOptions, Value
+from deploykit.values import Artifact, Kernel, Placement, SessionOptions, Value
 
 
 class Open(Value):
@@ -73,6 +73,8 @@ class Finish(Value):
 
     do: Literal["finish"] = "finish"
     outputs: Path
+    profile_runs: int
+    """For the account of kernels; 0 for no account of what ran, which takes time."""
 
 
 class Finished(Value):
@@ -82,6 +84,7 @@ class Finished(Value):
     """
 
     placement: Placement
+    kernels: tuple[Kernel, ...] = ()
     peak_rss_bytes: int
 
 

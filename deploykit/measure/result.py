@@ -19,17 +19,19 @@ Preset = Literal["quick", "standard", "full"]
 
 
 class Effort(NamedTuple):
-    """How long each process of a run is timed."""
+    """How many processes an engine gets, and how long they are timed in all."""
 
     blocks: int
     block_ms: float
     warmup_ms: float
+    """Of each process."""
+    processes: int
 
 
 PRESETS: dict[Preset, Effort] = {
-    "quick": Effort(blocks=20, block_ms=100, warmup_ms=300),
-    "standard": Effort(blocks=100, block_ms=150, warmup_ms=1000),
-    "full": Effort(blocks=300, block_ms=600, warmup_ms=5000),
+    "quick": Effort(blocks=21, block_ms=50, warmup_ms=150, processes=3),
+    "standard": Effort(blocks=96, block_ms=100, warmup_ms=300, processes=8),
+    "full": Effort(blocks=320, block_ms=500, warmup_ms=1000, processes=16),
 }
 """For one candidate beside the baseline and its control: about 10, 60 and 600 seconds."""
 
@@ -50,11 +52,20 @@ class BenchOptions(Value):
     batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (1,), min_length=1, description="Samples in one call; each size is measured apart."
     )
+    instances: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="How many at the same time, for throughput: each number is measured apart."
+    )
     threads: int = Field(1, ge=1, description="Threads and CPU cores of each model.")
     preset: Preset = Field(
         "standard",
         description="About 10, 60 or 600 seconds for one candidate beside the baseline. Numbers "
         "of quick are not to be compared with those of another run.",
+    )
+    processes: int | None = Field(
+        None,
+        ge=1,
+        description="Fresh processes for each model, one after the other, instead of the preset's; "
+        "they share the blocks. The interval of 1 misses what another process would give.",
     )
     blocks: int | None = Field(
         None, ge=MIN_BLOCKS, description="Blocks of calls for each model, instead of the preset's."
@@ -81,7 +92,21 @@ class BenchOptions(Value):
             self.blocks or preset.blocks,
             self.block_ms or preset.block_ms,
             self.warmup_ms or preset.warmup_ms,
+            self.processes or preset.processes,
         )
+
+
+class Instances(Value):
+    """Blocks of several instances of one engine that ran at the same time."""
+
+    name: str
+    batch_size: int
+    blocks_ns: tuple[tuple[tuple[int, ...], ...], ...]
+    """`[i][j][k]` is call k of block j of instance i; blocks of equal index ran at once."""
+    affinity: tuple[tuple[int, ...], ...]
+    shared: bool
+    """Whether the instances had to share cores."""
+    invalid: str | None = None
 
 
 class BenchResult(Value):
@@ -94,12 +119,18 @@ class BenchResult(Value):
     baseline: str
     control: str
     measurements: tuple[Measurement, ...]
+    instances: tuple[Instances, ...] = ()
     options: BenchOptions
     inputs: Literal["real", "random"]
     data_digest: str | None
     environment: Environment
     """Before the run."""
     load_average_after: float
+    frequency_mhz_after: float | None = None
+    others_share: float | None = None
+    """Share of the machine's CPU time that other processes took during the run, if it is told."""
+    disturbances: tuple[str, ...] = ()
+    """Those of the notes that say what about the machine made the times noisy."""
     steal_share: float | None
     """Share of CPU time that the hypervisor gave to others during the run, where it is told."""
     notes: tuple[str, ...] = ()

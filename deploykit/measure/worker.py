@@ -33,8 +33,9 @@ from deploykit.measure.protocol import (
 )
 from deploykit.measure.timing import Calls, ImportClock, time_block, warm_up
 from deploykit.session import Session
-from deploykit.values import Array, Artifact, Feed, SessionOptions, Value
+from deploykit.values import Array, Artifact, Feed, Placement, SessionOptions, Value
 
+NOT_TOLD = Placement(provider="unknown", precisions={})
 Opener = Callable[[Artifact, str, SessionOptions], Session]
 
 COMPARED_BYTES, COMPARED_NS = 4 << 20, 2_000_000_000
@@ -86,8 +87,14 @@ class Worker:
     def _finish(self, request: Finish) -> Finished:
         peak = peak_rss_bytes()  # before `placement`, which may load the model again
         feeds.write(request.outputs, [self._session.run(feed) for feed in self._compared])
-        placement = self._session.placement(self._compared[0])
-        return Finished(placement=placement, peak_rss_bytes=peak)
+        if not request.profile_runs:
+            return Finished(placement=NOT_TOLD, peak_rss_bytes=peak)
+        first = self._compared[0]
+        return Finished(
+            placement=self._session.placement(first),
+            kernels=self._session.kernels(first, request.profile_runs),
+            peak_rss_bytes=peak,
+        )
 
 
 def _first_outputs(session: Session, pool: Sequence[Feed]) -> tuple[int, list[dict[str, Array]]]:

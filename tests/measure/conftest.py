@@ -12,7 +12,7 @@ from deploykit.measure import BenchOptions, Candidate
 from deploykit.values import Artifact, Measurement, Placement, SessionOptions, TensorSpec
 
 FAKE_WORKER = (sys.executable, "-P", str(Path(__file__).with_name("fake_worker.py")))
-FAST = BenchOptions(blocks=15, block_ms=4, warmup_ms=15, max_seconds=60)
+FAST = BenchOptions(processes=1, blocks=15, block_ms=4, warmup_ms=15, max_seconds=60)
 
 MakeCandidate = Callable[..., Candidate]
 MakeMeasurement = Callable[..., Measurement]

@@ -15,7 +15,7 @@ import numpy as np
 
 from deploykit.errors import MissingError
 from deploykit.measure.worker import main
-from deploykit.values import Artifact, Placement, SessionOptions
+from deploykit.values import Artifact, Kernel, Placement, SessionOptions
 
 
 def spin(milliseconds: float) -> None:
@@ -70,7 +70,16 @@ class FakeSession:
     def placement(self, feed: Mapping[str, Any]) -> Placement:
         if self.behaviour == "hungry":
             np.ones(50_000_000)  # 400 MB that must not count
-        return Placement(provider="fake", precisions={"fp32": 1})
+        precision = {"halved": "fp16", "brain": "bf16"}.get(self.behaviour, "fp32")
+        return Placement(provider="fake", precisions={precision: 1})
+
+    def kernels(self, feed: Mapping[str, Any], runs: int) -> tuple[Kernel, ...]:
+        share = {"fallen": 0.4, "leaning": 0.8}.get(self.behaviour, 1)
+        return tuple(
+            Kernel(names=(), operator="Work", microseconds=time, precision="fp32", provider=where)
+            for where, time in (("fake", share), ("cpu", 1 - share))
+            if time
+        )
 
     def __enter__(self) -> Self:
         return self

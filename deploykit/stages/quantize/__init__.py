@@ -99,7 +99,7 @@ def quantize(  # noqa: PLR0913 - what goes in, what comes out, how, and who list
     if promise:
         others["promise"] = promise.digest
     if options.chooses or promise:
-        machine = read_environment().model_dump(mode="json", exclude={"load_average"})
+        machine = read_environment().lasting()
         others["machine"] = store.digest_of(machine)  # what is chosen by timing is chosen for it
     job = Job(stage="quantize", source=source, options=options, others=others, libraries=LIBRARIES)
     return store.produce(job, work, out=out, force=force)
