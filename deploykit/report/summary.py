@@ -158,8 +158,12 @@ def ran_as(precisions: dict[str, int] | None) -> str:
 
 
 def size(number: int) -> str:
-    """A size in kB or MB."""
-    return f"{number / 1e3:.0f} kB" if number < 1e6 else f"{number / 1e6:.1f} MB"
+    """A size in B, kB, MB or GB."""
+    if number < 1000:
+        return f"{number} B"
+    if number < 1e6:
+        return f"{number / 1e3:.0f} kB"
+    return f"{number / 1e6:.1f} MB" if number < 1e9 else f"{number / 1e9:.2f} GB"
 
 
 def describe(artifact: Artifact) -> str:
@@ -174,14 +178,14 @@ def describe(artifact: Artifact) -> str:
         if key in facts:
             told.append(text.format(facts[key], **facts))
     if found := facts.get("search"):
-        told += _choice(facts["candidate"], found, facts["preset"]["name"])
+        told += choice(facts["candidate"], found, facts["preset"]["name"])
     told += [f"warning: {warning}" for warning in facts.get("warnings", ())]
     if huge := facts.get("huge_ranges"):
         told.append(f"{len(huge)} tensors with huge ranges ({huge[0]!r}): few levels are left")
     return ", ".join(told)
 
 
-def _choice(name: str, found: Json, preset: str) -> list[str]:
+def choice(name: str, found: Json, preset: str) -> list[str]:
     """What was chosen, how near to the float model it is, and how fast where it will run."""
     near = f"{found['chosen']['sqnr_db']:.0f} dB to the float model"
     told = [name, f"{near} on {found['held_back_samples']} samples", *_kept(found)]
