@@ -40,9 +40,8 @@ def input_shapes(inputs: Sequence[TensorSpec], given: Shapes, usual: tuple[int, 
     for spec in inputs:
         if shape := given.get(spec.name):
             _check_fits(spec, shape)
-            for dim, size in zip(spec.shape, shape, strict=True):
-                if isinstance(dim, str):
-                    sizes[dim] = size
+            pairs = zip(spec.shape, shape, strict=True)
+            sizes.update((dim, size) for dim, size in pairs if isinstance(dim, str))
     for spec in inputs:
         behind = usual[0] if len(spec.shape) == 4 else usual[1]
         for axis, dim in enumerate(spec.shape):
