@@ -98,9 +98,12 @@ def is_factory(reference: str) -> bool:
     return is_program(reference) or (":" in reference and not Path(reference).exists())
 
 
-def model(reference: str, given: dict[str, Any], data: Dataset | None = None) -> Artifact:
+def model(
+    reference: str, given: dict[str, Any], data: Dataset | None = None, *, native: bool = False
+) -> Artifact:
     """Open a model; a factory is first written to a temporary torch artifact.
 
+    With `native` it may be an ONNX file that only native code of others can run.
     Raises UsageError: a factory's options with a model that is none, or JSON that is none.
     """
     if not is_factory(reference):
@@ -111,7 +114,7 @@ def model(reference: str, given: dict[str, Any], data: Dataset | None = None) ->
                     f"{reference} is a model on disk",
                     hint="leave it out: the model knows",
                 )
-        return open_model(reference)
+        return open_model(reference, native=native)
     options = TakeOptions(
         factory=reference,
         arguments=_arguments(given.get("model_args", "{}")),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deploykit.formats.onnx_macs import RECURRENT
 from deploykit.values import Array
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 COMPUTE = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 """Operators that hold nearly all multiply-accumulates."""
-RECURRENT = ("LSTM", "GRU", "RNN")
-"""They compute too, in float: a product with the weights and one with the state, at each step."""
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 """Where torch's exporter tells the modules of a node."""
 
@@ -189,13 +188,10 @@ def groups_of(node: onnx.NodeProto) -> int:
 
 def open_shapes(graph: Graph) -> set[str]:
     """Activations of compute nodes with a dimension that the model leaves open."""
+    main = graph.model.graph
     known = {
         value.name
-        for value in (
-            *graph.model.graph.value_info,
-            *graph.model.graph.input,
-            *graph.model.graph.output,
-        )
+        for value in (*main.value_info, *main.input, *main.output)
         if all(d.HasField("dim_value") for d in value.type.tensor_type.shape.dim)
     }
     return {
@@ -220,28 +216,12 @@ def multiply_accumulates(model: onnx.ModelProto, graph: Graph) -> dict[str, int]
     sizes |= {name: list(tensor.dims) for name, tensor in graph.constants.items()}
     first = next((sizes[v.name] for v in model.graph.input if v.name not in graph.constants), [1])
     batch = max(first[0], 1) if first else 1
-    return {
-        name: _count(node, sizes)
-        // (batch if [*sizes.get(node.output[0], [0])][:1] == [batch] else 1)
-        for name, node in graph.nodes.items()
-    }
 
+    def samples(node: onnx.NodeProto) -> int:
+        out = sizes.get(node.output[0])
+        return batch if out and out[0] == batch else 1
 
-def _count(node: onnx.NodeProto, sizes: Mapping[str, Sequence[int]]) -> int:
-    if node.op_type in RECURRENT:
-        steps = (sizes.get(node.input[0]) or [1])[0]
-        return int(steps * sum(np.prod(sizes.get(name) or [0]) for name in node.input[1:3]))
-    if node.op_type not in COMPUTE:
-        return 0
-    left, right, out = (sizes.get(n) for n in (*node.input[:2], node.output[0]))
-    if not left or not right or not out:
-        return 0
-    if node.op_type == "Conv":
-        return int(np.prod(out) * np.prod(right[1:]))
-    if node.op_type == "ConvTranspose":
-        return int(np.prod(left) * np.prod(right[1:]))
-    turned = any(a.name == "transA" and a.i for a in node.attribute)
-    return int(np.prod(out) * left[0 if turned else -1])
+    return {name: (macs(node, sizes) or 0) // samples(node) for name, node in graph.nodes.items()}
 
 
 def with_constants(graph: Graph, values: Mapping[tuple[str, int], Array]) -> Graph:

@@ -158,8 +158,12 @@ def ran_as(precisions: dict[str, int] | None) -> str:
 
 
 def size(number: int) -> str:
-    """A size in kB or MB."""
-    return f"{number / 1e3:.0f} kB" if number < 1e6 else f"{number / 1e6:.1f} MB"
+    """A size in B, kB, MB or GB."""
+    if number < 1000:
+        return f"{number} B"
+    if number < 1e6:
+        return f"{number / 1e3:.0f} kB"
+    return f"{number / 1e6:.1f} MB" if number < 1e9 else f"{number / 1e9:.2f} GB"
 
 
 def describe(artifact: Artifact) -> str:
@@ -177,18 +181,18 @@ def describe(artifact: Artifact) -> str:
         share = facts["multiply_accumulates_quantized"] / total
         told[-1] += f" with {share:.0%} of the multiply-accumulates"
     if found := facts.get("search"):
-        told += _choice(facts["candidate"], found)
+        told += choice(facts["candidate"], found)
     warnings = list(facts.get("warnings", ()))
     if huge := facts.get("huge_ranges"):
         warnings.append(f"{len(huge)} tensors with huge ranges ({huge[0]!r}): few levels are left")
     return "\n".join([", ".join(told), *(f"  warning: {warning}" for warning in warnings)])
 
 
-def _choice(name: str, found: Json) -> list[str]:
+def choice(name: str, found: Json) -> list[str]:
     """What was chosen, how near to the float model it is, and how fast where it will run."""
     near = f"{found['chosen']['sqnr_db']:.0f} dB to the float model"
     told = [name, f"{near} on {found['held_back_samples']} samples", *_kept(found)]
-    if not found["timed_on_target"]:
+    if not found.get("timed_on_target"):
         return [*told, "not timed where it will run"]
     ratio = found["chosen"]["time_ratio"]
     before, after = (f"{found['chosen'][key]:.3g} ms" for key in ("float_ms", "ms"))

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from deploykit.formats.onnx_graph import (
     COMPUTE,
-    RECURRENT,
     Graph,
     multiply_accumulates,
     subgraph_nodes,
 )
+from deploykit.formats.onnx_macs import RECURRENT
 from deploykit.stages.quantize.placement import Plan
 from deploykit.values import Json
 
