@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deploykit.formats.onnx_macs import RECURRENT
+from deploykit.formats.onnx_macs import RECURRENT, macs
 from deploykit.values import Array
 
 if TYPE_CHECKING:
