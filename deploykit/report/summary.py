@@ -215,7 +215,10 @@ def _kept(found: Json) -> list[str]:
     chosen, float_score = found["chosen"], found["float_score"]
     if chosen["drop"] is None:
         return []
-    lost = f"{chosen['drop']:.2g} lost of {found['max_drop']:.2g} allowed"
+    allowed = found["max_drop"]
+    lost = f"{chosen['drop']:.2g} lost of {allowed:.2g} allowed"
+    if chosen["drop"] < 0:
+        lost = f"{-chosen['drop']:.2g} gained, {allowed:.2g} may be lost,"
     where = f"on {chosen['scored_samples']} samples"
     return [f"{found['metric']} {chosen['score']:.4g}, was {float_score:.4g}: {lost} {where}"]
 

@@ -265,12 +265,16 @@ class fake_mending_lab(fake_lab):  # noqa: N801
 
     def timed(self, points: Sequence[Point]) -> list[Point]:
         ratios = [self.slow.get(p.name, 1.0) for p in points]
-        return [self.know(replace(p, time_ratio=r)) for p, r in zip(points, ratios, strict=True)]
+        return [
+            self.know(replace(p, time_ratio=r, timed_as=p.name))
+            for p, r in zip(points, ratios, strict=True)
+        ]
 
 
 FIRST: Correction = "cross_layer_equalization"
 SECOND: Correction = "bias_correction"
 SMOOTH: Correction = "smooth_quant"
+STRONG: Correction = "smooth_quant_strong"
 
 
 def mended(
@@ -319,6 +323,15 @@ def test_smoothing_that_slows_the_model_has_to_give_more(
     found, _ = mended({SMOOTH: 30 + gain_db}, SMOOTH, slow={SMOOTH: time_ratio})
     assert found.variant.corrections == ((SMOOTH,) if stays else ())
     assert found.time_ratio == (time_ratio if stays else 1)
+
+
+@pytest.mark.parametrize(("strong_db", "stays"), [(31.1, SMOOTH), (31.5, STRONG)])
+def test_the_second_strength_of_smoothing_takes_the_place_of_the_first(
+    strong_db: float, stays: Correction
+) -> None:
+    found, _ = mended({SMOOTH: 31, STRONG: strong_db}, SMOOTH, STRONG)
+    assert found.variant.corrections == (stays,)
+    assert found.name == f"x+{stays}"
 
 
 @pytest.mark.parametrize(
