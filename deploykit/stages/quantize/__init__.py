@@ -126,6 +126,7 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
     _check_op_types(options.op_types_to_quantize)
     evaluated = order.promise.data.matching(order.source.inputs) if order.promise else None
     guard.check_samples(order.data, evaluated)
+    guard.check_preprocessing(order.source.preprocessing, order.data)
     judged = (
         options.chooses or options.node_damage or order.promise or not options.preset.activation
     )
