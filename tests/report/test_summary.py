@@ -130,9 +130,9 @@ def test_a_number_stands_before_its_interval(
 
 @pytest.mark.parametrize(
     ("number", "want"),
-    [(0, "0 kB"), (400, "0 kB"), (345_678, "346 kB"), (1_000_000, "1.0 MB"), (94e6, "94.0 MB")],
+    [(0, "0 B"), (400, "400 B"), (345_678, "346 kB"), (1_000_000, "1.0 MB"), (94e6, "94.0 MB")],
 )
-def test_sizes_are_told_in_kilobytes_and_megabytes(number: int, want: str) -> None:
+def test_sizes_are_told_in_bytes_kilobytes_and_megabytes(number: int, want: str) -> None:
     assert summary.size(number) == want
 
 
