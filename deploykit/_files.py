@@ -7,12 +7,14 @@ import errno
 import fcntl
 import glob
 import hashlib
+import logging
 import os
 import re
 import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +26,8 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 """What rename(2) says of a folder with files, or of a file where the other is a folder."""
+LONGEST_WAIT_S = 3600.0
+log = logging.getLogger("deploykit")
 
 
 def sha256(path: Path) -> str:
@@ -50,9 +54,9 @@ def size_bytes(path: Path) -> int:
 
 def unsafe(path: str) -> bool:
     """Whether a path from elsewhere must not be used: not relative, not normalised, odd letters."""
-    parts = path.split("/")
-    odd = any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts)
-    return odd or "\\" in path or not path.isprintable()
+    if "\\" in path or not path.isprintable():
+        return True
+    return any(part in ("", ".", "..") or len(part.encode()) > 255 for part in path.split("/"))
 
 
 def open_regular(path: Path) -> int:
@@ -83,12 +87,22 @@ def check_free(out: Path, *, force: bool) -> None:
             f"{out} exists already", hint="give another output path, or --force to replace it"
         )
     parent = next((p for p in out.absolute().parents if p.exists()), Path("/"))
-    probe = parent / f".{out.name}.record.json.tmp-{os.getpid()}-{secrets.token_hex(4)}.json"
+    longest = parent / f".{out.name}.record.json.next"  # of the names that it will take
     try:
+        _sweep(longest)
+        probe = _temporary(longest)
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
         raise _unwritable(out, error) from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it. Raises UsageError, ResourceError: it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
 
 
 def check_file(out: Path) -> None:
@@ -121,8 +135,7 @@ def staged(out: Path) -> Iterator[Path]:
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         _sweep(out)
-        token = secrets.token_hex(4)
-        folder = out.with_name(f".{out.name}.tmp-{os.getpid()}-{token}")
+        folder = _temporary(out)
         folder.mkdir()
     except OSError as error:
         raise _unwritable(out, error) from error
@@ -186,11 +199,67 @@ def held(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def alone(out: Path, wait_s: float | None = None) -> Iterator[None]:
+    """Let one process at a time make `out`; others wait for it, at most LONGEST_WAIT_S.
+
+    The lock is a file beside it that is gone at the end; the system frees that of a killed process.
+    Raises ResourceError: another process is still at it.
+    """
+    lock = out.absolute().with_name(f".{out.name}.lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _locked(lock, out, LONGEST_WAIT_S if wait_s is None else wait_s)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            lock.unlink()
+        os.close(descriptor)
+
+
+def _locked(lock: Path, out: Path, wait_s: float) -> int:
+    """A descriptor that holds the lock; where its holder unlinks it, those who wait try anew."""
+    started, told = time.monotonic(), False
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is(lock, descriptor):
+                os.truncate(descriptor, 0)
+                os.write(descriptor, str(os.getpid()).encode())
+                return descriptor
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 20, 0).decode(errors="replace") or "another"
+            if time.monotonic() - started > wait_s:
+                os.close(descriptor)
+                raise ResourceError(
+                    f"{out} is being made by process {holder}, which was not done in {wait_s:g} s",
+                    hint="wait for it or end it, or give another output path",
+                ) from error
+            if not told:
+                log.warning("%s is being made by process %s: waiting for it", out, holder)
+                told = True
+            time.sleep(0.05)
+        os.close(descriptor)
+        _interrupt.check()
+
+
+def _is(path: Path, descriptor: int) -> bool:
+    """Whether an open file is the one that lies at the path."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, removed at the end if it is still there."""
     path = path.absolute()
     _sweep(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = _temporary(path)
     try:
         yield temporary
     except Exception as error:
@@ -248,6 +317,11 @@ def _exchange(one: Path, other: Path) -> bool:
     return bool(rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0)
 
 
+def _temporary(out: Path) -> Path:
+    """A name beside `out` that `_sweep` knows, and nobody else has."""
+    return out.with_name(f".{out.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+
+
 def _sync(path: Path) -> None:
     """Flush a file, or every file and folder under a folder, to disk."""
     if path.is_dir():
@@ -270,9 +344,15 @@ def _sync_folder(folder: Path) -> None:
 
 def _sweep(out: Path) -> None:
     """Remove what a killed process left beside `out`; what a living one writes stays."""
-    prefix = f".{out.name}.tmp-"
-    for stale in out.absolute().parent.glob(f"{glob.escape(prefix)}*"):
-        pid = stale.name.removeprefix(prefix).split("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+    sweep(out.absolute().parent, glob.escape(out.name))
+
+
+def sweep(folder: Path, names: str = "*") -> None:
+    """Remove what killed processes left in a folder on their way to such names."""
+    if not Path("/proc/self").exists():
+        return
+    for stale in folder.glob(f".{names}.tmp-*"):
+        pid = stale.name.rpartition(".tmp-")[2].split("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
             with suppress(OSError):  # another process may sweep here too
                 remove(stale)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from deploykit import gpu
+from deploykit import _files, gpu
 from deploykit._lazy import needs
-from deploykit.backends._common import check_feed, missing_library, refused
+from deploykit.backends._common import check_feed, missing_library, refused, running
 from deploykit.environment import versions
 from deploykit.errors import MissingError
 from deploykit.values import Array, Artifact, Feed, Format, Kernel, Placement, SessionOptions
@@ -82,8 +81,9 @@ class OrtSession:
 
     def run(self, feed: Feed) -> dict[str, Array]:
         """Run one batch."""
-        check_feed(feed, self.inputs)
-        return dict(zip(self._names, self.prepare(feed)(), strict=True))
+        call = self.prepare(feed)
+        with running(self._artifact, "ONNX Runtime"):
+            return dict(zip(self._names, call(), strict=True))
 
     def prepare(self, feed: Feed) -> Callable[[], list[Array]]:
         """Make the arrays contiguous once; each call runs the session on them."""
@@ -127,9 +127,9 @@ class OrtSession:
 
     def _profile(self, feed: Feed, runs: int) -> list[dict[str, Any]]:
         """What ONNX Runtime's profiler tells of each kernel in each run."""
-        with tempfile.TemporaryDirectory() as folder:
+        with _files.scratch() as folder:
             session = _session(
-                self._artifact, self._options, self._provider, profile=Path(folder) / "profile"
+                self._artifact, self._options, self._provider, profile=folder / "profile"
             )
             for _ in range(runs):
                 session.run(self._names, dict(feed))

@@ -7,15 +7,15 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from deploykit import _files
+from deploykit import _files, store
 from deploykit.environment import Environment
 from deploykit.errors import InputError, IntegrityError
 from deploykit.layouts import oci
-from deploykit.values import Json, Precision, Preprocessing, TensorSpec, Value, parse
+from deploykit.values import Precision, Preprocessing, TensorSpec, Value, parse
 
 MANIFEST = "manifest.json"
 SCHEMA: Final = "deploykit.bundle/2"
@@ -171,7 +171,7 @@ def to_json(bundle: Bundle) -> str:
 def from_json(text: str | bytes, where: Path) -> Bundle:
     """Parse a manifest. Raises BundleError: torn, of another schema, unknown keys, bad paths."""
     try:
-        data = json.loads(text, object_pairs_hook=_unique)
+        data = json.loads(text, object_pairs_hook=store.unique_keys)
     except (ValueError, RecursionError) as error:
         raise BundleError(where, [f"{MANIFEST} is not JSON: {error}"]) from error
     schema = data.get("schema") if isinstance(data, dict) else None
@@ -260,11 +260,3 @@ def _references(bundle: Bundle) -> list[tuple[str, Role]]:
         if engine.config:
             references.append((engine.config, "config"))
     return references
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> Json:
-    """A JSON object without repeated keys. Raises ValueError."""
-    counts = Counter(key for key, _ in pairs)
-    if repeated := [key for key, n in counts.items() if n > 1]:
-        raise ValueError(f"key {repeated[0]!r} is given {counts[repeated[0]]} times")
-    return dict(pairs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from deploykit import store
+from deploykit import _files, store
 from deploykit._code import beside, split_reference
 from deploykit._shapes import parse_inputs
 from deploykit.cli._errors import Shown
@@ -123,9 +122,9 @@ def model(
         dynamic_axes=given.get("dynamic_axes", ()),
         outputs=given.get("output_names", ()),
     )
-    folder = click.get_current_context().with_resource(tempfile.TemporaryDirectory())
+    folder = click.get_current_context().with_resource(_files.scratch())
     name = split_reference(reference)[1].replace("/", "_")
-    return take(options, out=Path(folder) / name)
+    return take(options, out=folder / name)
 
 
 def on_disk(reference: str) -> Artifact:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploykit import store
+from deploykit import _files, store
 from deploykit.backends import backend
 from deploykit.dataset import Dataset
 from deploykit.environment import has_int8_dot_product, is_arm
@@ -80,9 +79,9 @@ def quantize(  # noqa: PLR0913 - what goes in, what comes out, how, and who list
     chosen = options.preset
 
     def work(path: Path) -> Made:
-        with tempfile.TemporaryDirectory() as folder:
+        with _files.scratch() as folder:
             order = _Order(source, options, bound, promise, talk or _silent)
-            facts = _made(order, Path(folder), path)
+            facts = _made(order, folder, path)
         return Made(
             format="onnx",
             precision=chosen.precision,

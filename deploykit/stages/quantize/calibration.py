@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,8 +160,8 @@ def _session(model: onnx.ModelProto, names: list[str]) -> Any:
         model.graph.output.extend(
             onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names
         )
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "observed.onnx"
+        with _files.scratch() as folder:
+            path = folder / "observed.onnx"
             onnx.save(model, path)
             return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     finally:
