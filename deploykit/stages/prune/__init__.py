@@ -14,8 +14,8 @@ from deploykit import store
 from deploykit.errors import InputError, StageError, UsageError, did_you_mean
 from deploykit.formats import torch_folder
 from deploykit.formats.torch_folder import Description
-from deploykit.stages._prune_groups import Group
-from deploykit.stages._prune_surgeon import Surgeon
+from deploykit.stages.prune.groups import Group
+from deploykit.stages.prune.surgeon import Surgeon
 from deploykit.store import Job, Made
 from deploykit.values import Artifact, Json, TensorSpec, Value
 

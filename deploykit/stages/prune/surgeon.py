@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from deploykit.formats import torch_folder
-from deploykit.stages._prune_groups import Group, Items, find_groups
+from deploykit.stages.prune.groups import Group, Items, find_groups
 from deploykit.values import TensorSpec
 
 if TYPE_CHECKING:

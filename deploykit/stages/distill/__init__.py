@@ -17,7 +17,7 @@ from deploykit._lazy import needs
 from deploykit.dataset import Dataset
 from deploykit.errors import InputError, StageError
 from deploykit.formats import torch_folder
-from deploykit.stages._distill_lesson import (
+from deploykit.stages.distill.lesson import (
     Lesson,
     Model,
     arrange,
