@@ -17,14 +17,19 @@ from deploykit.stages.prune import PruneOptions, prune
 @click.command("prune", help=COMMANDS["prune"][1])
 @click.argument("model")
 @_common.output_option
+@_common.data_option(required=False, text="What importance is seen on; 'target' may hold labels.")
 @_options.fields(PruneOptions)
 @_common.factory_options
 @_common.force_option
 @_common.json_option
-def prune_command(model: str, output: Path, *, force: bool, as_json: bool, **given: Any) -> None:
+def prune_command(
+    model: str, output: Path, *, data: str | None, force: bool, as_json: bool, **given: Any
+) -> None:
     """Remove channels."""
-    source = _common.model(model, given)
-    artifact = prune(source, _options.make(PruneOptions, given), out=output, force=force)
+    opened = _common.data(data)
+    source = _common.model(model, given, opened)
+    options = _options.make(PruneOptions, given)
+    artifact = prune(source, options, out=output, data=opened, force=force)
     _common.made(artifact, as_json=as_json)
 
 

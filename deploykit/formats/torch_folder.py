@@ -37,6 +37,10 @@ class Description(Value):
     arguments: Json = {}
     edits: tuple[tuple[str, bool, tuple[int, ...]], ...] = ()
     """Channels removed, in order: module, whether output channels, indices (torch-pruning)."""
+    attributes: dict[str, int] = {}
+    """What the removal changed beside parameters, by `module.attribute`: numbers of heads."""
+    sparse: tuple[str, ...] = ()
+    """Parameters whose zeros stay zero in training."""
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
@@ -110,8 +114,25 @@ def replay(module: nn.Module, description: Description) -> None:
             f"the pruning edits do not fit the factory {description.factory}: {error}",
             hint="use the factory that the model was pruned with",
         ) from error
+    set_attributes(module, description.attributes)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in trained)
+
+
+def set_attributes(module: nn.Module, attributes: Mapping[str, int]) -> None:
+    """Set whole numbers that modules keep, by `module.attribute`. Raises InputError: none such."""
+    for place, value in attributes.items():
+        name, _, attribute = place.rpartition(".")
+        try:
+            layer = module.get_submodule(name)
+        except AttributeError:
+            layer = None
+        if layer is None or type(getattr(layer, attribute, None)) is not int:
+            raise InputError(
+                f"the model has no number {place!r} that pruning changed",
+                hint="use the factory that the model was pruned with",
+            )
+        setattr(layer, attribute, value)
 
 
 def dependency_graph(module: nn.Module, inputs: tuple[TensorSpec, ...]) -> Any:

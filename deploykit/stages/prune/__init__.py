@@ -1,66 +1,48 @@
-"""Prune: remove whole channels of least weight, so that every runtime gets a smaller model."""
+"""Prune: remove what counts least, so that the model gets smaller where it is slow."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING
 
 from deploykit import store
-from deploykit.errors import InputError, StageError, UsageError, did_you_mean
+from deploykit.dataset import Dataset
+from deploykit.errors import InputError, StageError
 from deploykit.formats import torch_folder
 from deploykit.formats.torch_folder import Description
-from deploykit.stages.prune.groups import Group
+from deploykit.stages.prune import patterns
+from deploykit.stages.prune.channels import prune_by_ratio
+from deploykit.stages.prune.masks import mask
+from deploykit.stages.prune.options import PruneOptions
 from deploykit.stages.prune.surgeon import Surgeon
+from deploykit.stages.prune.widths import kept_channels
 from deploykit.store import Job, Made
-from deploykit.values import Artifact, Json, TensorSpec, Value
+from deploykit.values import Artifact, Json, TensorSpec
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+__all__ = ["PruneOptions", "kept_channels", "prune"]
+
 LIBRARIES = ("torch", "torch-pruning")
-POWERS = {"l1": 1, "l2": 2}
-
-Edit = tuple[str, bool, tuple[int, ...]]
 
 
-class PruneOptions(Value):
-    """How much to remove, and where."""
+def prune(
+    source: Artifact,
+    options: PruneOptions,
+    *,
+    out: Path,
+    data: Dataset | None = None,
+    force: bool = False,
+) -> Artifact:
+    """Remove channels, or set weights to zero, and write the model that is left.
 
-    ratio: float = Field(gt=0, lt=1, description="share of the channels to remove, in each layer")
-    round_to: int = Field(
-        default=8, ge=1, description="keep the multiple of this that is nearest, and at least one"
-    )
-    importance: Literal["l1", "l2"] = Field(
-        default="l2", description="norm of the weights by which channels are ranked"
-    )
-    keep: tuple[str, ...] = Field(
-        default=(), description="pattern of module names to leave as they are, such as 'stem.*'"
-    )
-    ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default={}, description="ratios by pattern of module names; the last that matches counts"
-    )
-
-
-def kept_channels(channels: int, ratio: float, round_to: int) -> int:
-    """How many of `channels` stay: the multiple of `round_to` nearest to channels * (1 - ratio).
-
-    At least one multiple, at most all; the wider one if two are as near.
-    """
-    nearest = math.floor(channels * (1 - ratio) / round_to + 0.5) * round_to
-    return min(max(nearest, round_to), channels)
-
-
-def prune(source: Artifact, options: PruneOptions, *, out: Path, force: bool = False) -> Artifact:
-    """Remove channels by the magnitude of their weights, and write the smaller model.
-
-    Raises InputError: `source` is no torch artifact. UsageError: a pattern matches no module.
-    StageError: the model cannot be traced, nothing can be removed, or the result has other outputs.
+    `data` is what importance is seen on, where it is seen on data. With a speed-up the widths
+    follow from measured times of the layers; the whole network is not timed here (see
+    `deploykit.faster`). Raises InputError: `source` is no torch artifact. UsageError: a pattern
+    matches no module, or data is needed. StageError: the model cannot be traced, nothing can be
+    removed, or the result has other outputs. MissingError: the target does not run here.
     """
     if source.format != "torch":
         raise InputError(
@@ -70,20 +52,22 @@ def prune(source: Artifact, options: PruneOptions, *, out: Path, force: bool = F
 
     def work(folder: Path) -> Made:
         description = torch_folder.describe(source.path)
-        surgeon = Surgeon(torch_folder.load(source), description.inputs)
-        _check_patterns(surgeon.module, (*options.keep, *options.ratios))
-        before = _size(surgeon.module, description.inputs)
-        edits, account = _operate(surgeon, options)
-        _check_outputs(surgeon.module, description)
-        after = _size(surgeon.module, description.inputs)
+        operation = _Masking if options.method != "channels" else _Removal
+        subject = operation(torch_folder.load(source), description, options)
+        patterns.check(subject.module, (*options.keep, *options.ratios))
+        before = _size(subject.module, description.inputs)
+        changes, account = subject.carry_out(data)
+        module = subject.module
+        _check_outputs(module, description)
+        after = _size(module, description.inputs)
         sizes = {
             f"{key}_{when}": size[key]
             for key in before
             for when, size in (("before", before), ("after", after))
         }
         torch_folder.write(
-            surgeon.module,
-            description.model_copy(update={"edits": (*description.edits, *edits)}),
+            module,
+            description.model_copy(update=changes),
             torch_folder.factory_file(source.path, description),
             folder,
         )
@@ -95,91 +79,46 @@ def prune(source: Artifact, options: PruneOptions, *, out: Path, force: bool = F
             facts={**sizes, **account},
         )
 
-    job = Job(stage="prune", source=source, options=options, libraries=LIBRARIES)
+    others = {"data": data.digest} if data else {}
+    job = Job(stage="prune", source=source, options=options, others=others, libraries=LIBRARIES)
     return store.produce(job, work, out=out, force=force)
 
 
-def _operate(surgeon: Surgeon, options: PruneOptions) -> tuple[list[Edit], Json]:
-    """Choose the channels of every group by the weights as they are, then remove them."""
-    plans: list[tuple[Group, list[int]]] = []
-    left: list[tuple[Group, str]] = []
-    for group in surgeon.groups():
-        kept = kept_channels(group.channels, _ratio(group, options), options.round_to)
-        if reason := _reason_to_leave(group, kept, options):
-            left.append((group, reason))
-        else:
-            gone = surgeon.weakest(group, group.channels - kept, POWERS[options.importance])
-            plans.append((group, gone))
-    done: list[tuple[Group, list[int]]] = []
-    for group, gone in plans:
-        if reason := surgeon.remove(group.root, gone):
-            left.append((group, reason))
-        else:
-            done.append((group, gone))
-    if not done:
-        raise _nothing(left)
-    return [(group.root, True, tuple(gone)) for group, gone in done], _account(done, left)
+class _Masking:
+    """Single weights become zero."""
+
+    def __init__(self, module: nn.Module, description: Description, options: PruneOptions) -> None:
+        self.module, self._description, self._options = module, description, options
+
+    def carry_out(self, data: Dataset | None) -> tuple[Json, Json]:
+        """What changes in the description, and the account."""
+        del data
+        masked = mask(self.module, self._options)
+        sparse = sorted({*self._description.sparse, *masked.parameters})
+        return {"sparse": tuple(sparse)}, masked.account
 
 
-def _reason_to_leave(group: Group, kept: int, options: PruneOptions) -> str | None:
-    for pattern in options.keep:
-        if any(_matches(name, pattern) for name in group.layers):
-            return f"kept by the pattern {pattern!r}"
-    if group.obstacle:
-        return group.obstacle
-    if kept == group.channels:
-        return f"the nearest multiple of {options.round_to} is all {group.channels} channels"
-    return None
+class _Removal:
+    """Whole channels go."""
 
+    def __init__(self, module: nn.Module, description: Description, options: PruneOptions) -> None:
+        self._surgeon = Surgeon(module, description.inputs)
+        self._description, self._options = description, options
 
-def _ratio(group: Group, options: PruneOptions) -> float:
-    ratios = [
-        ratio
-        for pattern, ratio in options.ratios.items()
-        if any(_matches(name, pattern) for name in group.layers)
-    ]
-    return ratios[-1] if ratios else options.ratio
+    @property
+    def module(self) -> nn.Module:
+        """As it is now."""
+        return self._surgeon.module
 
-
-def _matches(name: str, pattern: str) -> bool:
-    """Whether the pattern matches the module or one that it lies in."""
-    parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[:n]), pattern) for n in range(1, len(parts) + 1))
-
-
-def _check_patterns(module: nn.Module, patterns: Iterable[str]) -> None:
-    names = [name for name, _ in module.named_modules() if name]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise UsageError(
-                f"the pattern {pattern!r} matches no module", hint=did_you_mean(pattern, names)
-            )
-
-
-def _account(done: list[tuple[Group, list[int]]], left: list[tuple[Group, str]]) -> Json:
-    return {
-        "pruned": [
-            {
-                "layers": list(group.layers),
-                "channels_before": group.channels,
-                "channels_after": group.channels - len(gone),
-            }
-            for group, gone in done
-        ],
-        "left_alone": [
-            {"layers": list(group.layers), "channels": group.channels, "reason": reason}
-            for group, reason in left
-        ],
-        "ratio_reached": sum(len(gone) for _, gone in done) / sum(g.channels for g, _ in done),
-    }
-
-
-def _nothing(left: list[tuple[Group, str]]) -> StageError:
-    reasons = "; ".join(f"{group.layers[0]}: {reason}" for group, reason in left)
-    return StageError(
-        f"nothing could be pruned: {reasons or 'gradients lead from the outputs to no layer'}",
-        hint="a higher ratio or a smaller --round-to removes more; else leave the model unpruned",
-    )
+    def carry_out(self, data: Dataset | None) -> tuple[Json, Json]:
+        """What changes in the description, and the account."""
+        account = prune_by_ratio(self._surgeon, self._options, data)
+        facts, old = account.facts(), self._description
+        changes = {
+            "edits": (*old.edits, *account.edits),
+            "attributes": {**old.attributes, **self._surgeon.attributes},
+        }
+        return changes, facts
 
 
 def _check_outputs(module: nn.Module, description: Description) -> None:

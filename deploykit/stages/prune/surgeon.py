@@ -8,11 +8,12 @@ attention, reshapes, a concatenation that is flattened); what breaks it is undon
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from deploykit.formats import torch_folder
-from deploykit.stages.prune.groups import Group, Items, find_groups
+from deploykit.stages.prune.groups import Group, Items, find_groups, head_attributes
 from deploykit.values import TensorSpec
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ class Surgeon:
     """Owns a module and removes channels from it."""
 
     def __init__(self, module: nn.Module, inputs: tuple[TensorSpec, ...]) -> None:
-        self.module = module
+        self.module, self.inputs = module, inputs
+        self.attributes: dict[str, int] = {}
+        """What was changed beside parameters, by `module.attribute`."""
         self._inputs = tuple(_sized(spec) for spec in inputs)
         self._graph = torch_folder.dependency_graph(module, self._inputs)
 
@@ -38,35 +41,52 @@ class Surgeon:
         """The groups of the module as it is now. Raises StageError."""
         return find_groups(self._graph, self.module, self._inputs)
 
-    def weakest(self, group: Group, count: int, power: int) -> list[int]:
-        """The channels of least magnitude: sum |w|^power, averaged over the group's tensors.
+    @contextmanager
+    def differentiable(self) -> Iterator[None]:
+        """Gradients reach every layer, also in a caller's inference mode."""
+        import torch
 
-        Fang et al. 2023 (arXiv:2301.12900), section 3.3, without sparsity learning.
-        """
-        import torch_pruning as tp
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            yield
 
-        score = tp.importance.GroupMagnitudeImportance(p=power)
-        scores = score(self._items(group.root, range(group.channels)))
-        return sorted(scores.argsort(stable=True)[:count].tolist())
-
-    def remove(self, root: str, channels: Sequence[int]) -> str | None:
-        """Remove output channels of the layer `root` and all that depends on them.
+    def remove(self, group: Group, channels: Sequence[int]) -> str | None:
+        """Remove output channels of the group and all that depends on them.
 
         Returns None, or why the law is broken; the module is then as it was.
         """
-        before = copy.deepcopy(self.module)
-        reason = self._try(root, channels)
-        if reason:
+        reason = None
+        for changes in self._changes(group, len(channels)):
+            before = copy.deepcopy(self.module)
+            reason = self._try(group.root, channels, changes)
+            if reason is None:
+                self.attributes.update(changes)
+                return None
             self.module = before
             self._graph = torch_folder.dependency_graph(before, self._inputs)
         return reason
 
-    def _try(self, root: str, channels: Sequence[int]) -> str | None:
+    def _changes(self, group: Group, gone: int) -> list[dict[str, int]]:
+        """Attributes to set with the removal, most likely first: heads are counted in some."""
+        if group.attention is None:
+            return [{}]
+        heads = group.channels // group.unit
+        new = {heads: heads - gone // group.unit, group.channels: group.channels - gone}
+        module = self.module.get_submodule(group.attention)
+        known = head_attributes(module)
+        counts = {n: new[v] for n, v in known.items() if v == heads and n.endswith("s")}
+        widths = {n: new[v] for n, v in known.items() if v == group.channels and "all_head" in n}
+        prefix = f"{group.attention}." if group.attention else ""
+        tries: tuple[dict[str, int], ...] = ({**counts, **widths}, counts, {})
+        unlike = [t for n, t in enumerate(tries) if t not in tries[:n]]
+        return [{prefix + name: value for name, value in each.items()} for each in unlike]
+
+    def _try(self, root: str, channels: Sequence[int], changes: dict[str, int]) -> str | None:
         try:
-            items = self._items(root, channels)
+            items = self.items(root, channels)
             _silence(items)
             want = self._outputs()
             items.prune()
+            torch_folder.set_attributes(self.module, changes)
             have = self._outputs()
         except Exception as error:  # noqa: BLE001 - the library and the model may raise anything
             line = (str(error).splitlines() or [""])[0]
@@ -78,7 +98,8 @@ class Surgeon:
             "(heads of attention, a reshape, or a reduction over channels)"
         )
 
-    def _items(self, root: str, channels: Sequence[int]) -> Items:
+    def items(self, root: str, channels: Sequence[int]) -> Items:
+        """torch-pruning's group of these output channels of the layer `root`."""
         layer = self.module.get_submodule(root)
         pruner = self._graph.get_pruner_of_module(layer)
         return self._graph.get_pruning_group(layer, pruner.prune_out_channels, list(channels))
