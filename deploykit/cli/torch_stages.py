@@ -9,9 +9,12 @@ import click
 
 from deploykit.cli import COMMANDS, _common, _options
 from deploykit.cli._observer import Terminal
+from deploykit.dataset import Dataset
+from deploykit.faster import prune_until_faster
 from deploykit.stages.distill import DistillOptions, distill
 from deploykit.stages.export import ExportOptions, export
 from deploykit.stages.prune import PruneOptions, prune
+from deploykit.values import Artifact
 
 
 @click.command("prune", help=COMMANDS["prune"][1])
@@ -29,8 +32,25 @@ def prune_command(
     opened = _common.data(data)
     source = _common.model(model, given, opened)
     options = _options.make(PruneOptions, given)
-    artifact = prune(source, options, out=output, data=opened, force=force)
+    if options.speedup is None:
+        artifact = prune(source, options, out=output, data=opened, force=force)
+    else:
+        artifact = _until_faster(source, options, output, data=opened, force=force)
     _common.made(artifact, as_json=as_json)
+
+
+def _until_faster(
+    source: Artifact, options: PruneOptions, output: Path, *, data: Dataset | None, force: bool
+) -> Artifact:
+    with Terminal() as terminal:
+        terminal.step(str(source.path), f"prune for {options.speedup}x on {options.target}")
+        artifact, found = prune_until_faster(
+            source, options, out=output, data=data, force=force, progress=terminal.progress
+        )
+        speed = found.speedup
+        told = f"{speed.value:.2f}x [{speed.low:.2f}, {speed.high:.2f}] in {options.precision}"
+        terminal.done(f"{told} on {options.target}, measured", cached=False)
+    return artifact
 
 
 @click.command("distill", help=COMMANDS["distill"][1])

@@ -14,6 +14,7 @@ from deploykit.stages.prune import patterns
 from deploykit.stages.prune.channels import prune_by_ratio
 from deploykit.stages.prune.masks import mask
 from deploykit.stages.prune.options import PruneOptions
+from deploykit.stages.prune.search import prune_for_speed
 from deploykit.stages.prune.surgeon import Surgeon
 from deploykit.stages.prune.widths import kept_channels
 from deploykit.store import Job, Made
@@ -112,7 +113,8 @@ class _Removal:
 
     def carry_out(self, data: Dataset | None) -> tuple[Json, Json]:
         """What changes in the description, and the account."""
-        account = prune_by_ratio(self._surgeon, self._options, data)
+        way = prune_for_speed if self._options.speedup else prune_by_ratio
+        account = way(self._surgeon, self._options, data)
         facts, old = account.facts(), self._description
         changes = {
             "edits": (*old.edits, *account.edits),

@@ -30,6 +30,8 @@ class Account:
     """Channels removed, by root."""
     left: dict[str, str] = field(default_factory=dict)
     """Why a group stays as it is, by root."""
+    more: Json = field(default_factory=dict)
+    """Further facts."""
 
     def facts(self) -> Json:
         """As plain data. Raises StageError: nothing was removed."""
@@ -55,6 +57,7 @@ class Account:
                 for group in left
             ],
             "ratio_reached": sum(self.gone.values()) / sum(g.channels for g in done),
+            **self.more,
         }
 
     def _nothing(self, left: Sequence[Group]) -> StageError:

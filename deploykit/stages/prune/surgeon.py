@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from deploykit.dataset import Dataset
 from deploykit.formats import torch_folder
-from deploykit.stages.prune.groups import Group, Items, find_groups, head_attributes
+from deploykit.stages.prune.groups import Group, Items, find_groups, head_attributes, readers
 from deploykit.values import TensorSpec
 
 if TYPE_CHECKING:
@@ -64,6 +65,32 @@ class Surgeon:
             self.module = before
             self._graph = torch_folder.dependency_graph(before, self._inputs)
         return reason
+
+    def damage(self, group: Group, removals: Sequence[Sequence[int]], data: Dataset) -> list[float]:
+        """How much the first output changes without these channels: |change|^2 / |output|^2.
+
+        Means over the data; the module is left as it is. By the law, not to read channels is as
+        good as not to have them.
+        """
+        reading = readers(self.items(group.root, range(group.channels)))
+        weights = [layer.get_parameter("weight") for layer, _, _ in reading]
+        before = [weight.detach().clone() for weight in weights]
+        want = self._collect(data)
+        found = []
+        for channels in removals:
+            if channels:
+                _silence(self.items(group.root, channels))
+            change = (self._collect(data) - want).square().sum()
+            found.append(float(change / want.square().sum().clamp_min(1e-30)))
+            for weight, old in zip(weights, before, strict=True):
+                weight.data.copy_(old)
+        return found
+
+    def _collect(self, data: Dataset) -> torch.Tensor:
+        import torch
+
+        runs = (torch_folder.run(self.module, self.inputs, feed)[0] for feed, _ in data.batches(64))
+        return torch.cat([torch.from_numpy(array) for array in runs]).double()
 
     def _changes(self, group: Group, gone: int) -> list[dict[str, int]]:
         """Attributes to set with the removal, most likely first: heads are counted in some."""
