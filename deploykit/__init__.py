@@ -11,9 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deploykit.backends import open_session as open_session
+    from deploykit.bundle import Loaded as Loaded
     from deploykit.bundle import PackagedModel as PackagedModel
     from deploykit.bundle import PackageOptions as PackageOptions
+    from deploykit.bundle import PublishOptions as PublishOptions
+    from deploykit.bundle import load as load
     from deploykit.bundle import package as package
+    from deploykit.bundle import publish as publish
+    from deploykit.bundle import rollback as rollback
+    from deploykit.bundle import sign as sign
     from deploykit.bundle import verify as verify
     from deploykit.dataset import open_dataset as open_dataset
     from deploykit.evaluation import compare as compare
@@ -26,6 +32,8 @@ if TYPE_CHECKING:
     from deploykit.recipe import read_recipe as read_recipe
     from deploykit.stages.build import BuildOptions as BuildOptions
     from deploykit.stages.build import build as build
+    from deploykit.stages.convert import ConvertOptions as ConvertOptions
+    from deploykit.stages.convert import convert as convert
     from deploykit.stages.distill import DistillOptions as DistillOptions
     from deploykit.stages.distill import distill as distill
     from deploykit.stages.export import ExportOptions as ExportOptions
@@ -42,7 +50,18 @@ if TYPE_CHECKING:
 
 _HOME = {
     "backends": ("open_session",),
-    "bundle": ("PackageOptions", "PackagedModel", "package", "verify"),
+    "bundle": (
+        "Loaded",
+        "PackageOptions",
+        "PackagedModel",
+        "PublishOptions",
+        "load",
+        "package",
+        "publish",
+        "rollback",
+        "sign",
+        "verify",
+    ),
     "dataset": ("open_dataset",),
     "evaluation": ("compare", "evaluate"),
     "formats": ("open_model",),
@@ -50,6 +69,7 @@ _HOME = {
     "pipeline": ("run",),
     "recipe": ("read_recipe",),
     "stages.build": ("BuildOptions", "build"),
+    "stages.convert": ("ConvertOptions", "convert"),
     "stages.distill": ("DistillOptions", "distill"),
     "stages.export": ("ExportOptions", "export"),
     "stages.prune": ("PruneOptions", "prune"),

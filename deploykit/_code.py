@@ -36,6 +36,14 @@ def load_function(reference: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
+def beside(reference: str, name: str) -> Callable[..., Any] | None:
+    """The function `name` of the file or module that a reference names; None if it has none."""
+    place, _ = split_reference(reference)
+    module = _from_file(place) if place.suffix == ".py" else _from_package(str(place), reference)
+    function = getattr(module, name, None)
+    return function if callable(function) else None
+
+
 def _from_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise InputError(f"{path}: no such file", hint="name it as path/to/file.py:function")

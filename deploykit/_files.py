@@ -11,6 +11,8 @@ import os
 import re
 import secrets
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,6 +46,31 @@ def size_bytes(path: Path) -> int:
     if path.is_dir():
         return sum((path / name).lstat().st_size for name in tree(path))
     return path.stat().st_size
+
+
+def unsafe(path: str) -> bool:
+    """Whether a path from elsewhere must not be used: not relative, not normalised, odd letters."""
+    parts = path.split("/")
+    odd = any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts)
+    return odd or "\\" in path or not path.isprintable()
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor of a regular file. Raises OSError: not one (a link is not followed)."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(None, "no regular file", str(path))
+    return descriptor
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A private folder for a while; those of killed processes are swept."""
+    base = Path(tempfile.gettempdir())
+    _sweep(base / "deploykit")
+    with tempfile.TemporaryDirectory(prefix=f".deploykit.tmp-{os.getpid()}-", dir=base) as folder:
+        yield Path(folder)
 
 
 def check_free(out: Path, *, force: bool) -> None:
@@ -84,31 +111,49 @@ def _unwritable(out: Path, error: OSError) -> DeploykitError:
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """Give a temporary path beside `out`; on success it takes the place of `out` in one step.
+    """Give a temporary path of the same name; on success it takes the place of `out` in one step.
 
-    The block may make a file or a folder there. On any error the temporary path is removed and
-    `out` is as it was. Raises ResourceError: the disk is full. UsageError: there is no such folder
-    and none can be made.
+    The block may make a file or a folder there, and further files beside it that it needs (their
+    names must tell their content: they come first, and replace what has their name). On any error
+    all of it is removed and `out` is as it was. Raises ResourceError: the disk is full. UsageError:
+    there is no such folder and none can be made.
     """
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        _sweep(out)
+        token = secrets.token_hex(4)
+        folder = out.with_name(f".{out.name}.tmp-{os.getpid()}-{token}")
+        folder.mkdir()
     except OSError as error:
         raise _unwritable(out, error) from error
-    _sweep(out)
-    token = secrets.token_hex(4)
-    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}-{token}{out.suffix}")
     try:
-        yield temporary
+        yield folder / out.name
         _interrupt.check()
-        _sync(temporary)
-        _replace(temporary, out)
-        _sync_folder(out.absolute().parent)
+        for path in folder.iterdir():
+            _sync(path)
+        _publish(folder, out)
     except Exception as error:
         if full := _full(error):
             raise _unwritable(out, full) from error
         raise
     finally:
-        remove(temporary)
+        remove(folder)
+
+
+def _publish(folder: Path, out: Path) -> None:
+    """Move what lies in `folder` to where `out` is to lie, `out` last."""
+    parent, new = out.absolute().parent, []
+    try:
+        for path in sorted(folder.iterdir()):
+            if path.name != out.name:
+                new += [] if (parent / path.name).exists() else [parent / path.name]
+                _replace(path, parent / path.name)
+        _replace(folder / out.name, out)
+    except OSError:
+        for path in new:
+            remove(path)
+        raise
+    _sync_folder(parent)
 
 
 def _full(error: BaseException | None) -> OSError | None:
@@ -138,6 +183,29 @@ def held(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`, removed at the end if it is still there."""
+    path = path.absolute()
+    _sweep(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        yield temporary
+    except Exception as error:
+        if full := _full(error):
+            raise _unwritable(path, full) from error
+        raise
+    finally:
+        remove(temporary)
+
+
+def move(source: Path, target: Path) -> None:
+    """Put a finished file in its place on the same file system, whole or not at all."""
+    _sync(source)
+    source.replace(target)
+    _sync_folder(target.absolute().parent)
 
 
 def write_text(path: Path, text: str) -> None:

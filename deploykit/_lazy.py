@@ -12,6 +12,7 @@ INSTALL = {
     "openvino": "pip install 'deploykit[cpu]'",
     "tensorrt": "pip install 'deploykit[tensorrt]' with the vendor's package index",
     "tensorrt_rtx": "pip install 'deploykit[tensorrt-rtx]'",
+    "model_signing": "pip install 'deploykit[sign]'",
     "tritonclient": "pip install 'deploykit[triton]'",
 }
 

@@ -9,6 +9,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from deploykit import gpu
+from deploykit.gpu import Gpu
 from deploykit.values import Value
 
 LIBRARIES = (
@@ -40,10 +42,14 @@ class Environment(Value):
     libraries: dict[str, str]
     load_average: float
     virtual_machine: bool
+    gpus: tuple[Gpu, ...] = ()
+    driver: str | None = None
+    """Version of the NVIDIA driver, None where there is no GPU."""
 
 
 def read() -> Environment:
     """Describe this machine now."""
+    gpus = gpu.devices()
     return Environment(
         system=f"{platform.system()} {platform.release()}",
         machine=platform.machine(),
@@ -58,6 +64,8 @@ def read() -> Environment:
         libraries=versions(LIBRARIES),
         load_average=os.getloadavg()[0],
         virtual_machine="hypervisor" in _cpuinfo(),
+        gpus=() if isinstance(gpus, str) else gpus,
+        driver=gpu.driver(),
     )
 
 

@@ -78,7 +78,7 @@ def run(
     bundle. Raises UsageError: `out` is in the way.
     """
     state = Run(recipe, out, observer or _Silent())
-    if state.target not in {b.name for b in backends.BACKENDS}:
+    if state.target not in {b.name for b in backends.BACKENDS if "onnx" in b.formats}:
         raise UsageError(
             f"`run` measures on the target, and {state.target} models do not run here",
             hint="take the target ort-cpu or openvino; use `quantize` and `build` for TensorRT",

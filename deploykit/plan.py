@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from deploykit._code import beside
 from deploykit.dataset import Dataset, open_dataset
 from deploykit.formats import open_model
+from deploykit.formats.torch_module import EXAMPLE_INPUTS
 from deploykit.recipe import Recipe
 from deploykit.stages.distill import distill
 from deploykit.stages.export import export
 from deploykit.stages.prune import prune
 from deploykit.stages.quantize import quantize
-from deploykit.stages.take import TakeOptions, take
+from deploykit.stages.take import TakeOptions, is_program, take
 from deploykit.values import Artifact
 
 MODEL, FLOAT = "model", "model.fp32.onnx"
@@ -82,7 +84,7 @@ def describe(recipe: Recipe) -> list[tuple[str, str]]:
 def _intake(recipe: Recipe) -> list[Step]:
     """From the recipe's model to the float ONNX baseline."""
     path = recipe.model.path
-    if path is None:
+    if path is None or is_program(path):
         first = Step(MODEL, "take", None, partial(_take, recipe))
         return [first, _export_step(recipe, MODEL)]
     given = open_model(path)
@@ -94,11 +96,16 @@ def _intake(recipe: Recipe) -> list[Step]:
 def _take(recipe: Recipe, artifacts: Artifacts, out: Path, progress: Progress) -> Artifact:
     del artifacts, progress
     source = recipe.model
+    factory = source.factory or str(source.path)
+    inputs = source.inputs
+    if not inputs and not is_program(factory) and not beside(factory, EXAMPLE_INPUTS):
+        inputs = data(recipe, "calibration").specs()
     options = TakeOptions(
-        factory=str(source.factory),
+        factory=factory,
         arguments=source.arguments,
         weights=Path(source.weights) if source.weights else None,
-        inputs=source.inputs or data(recipe, "calibration").specs(),
+        inputs=inputs,
+        dynamic_axes=source.dynamic_axes,
         outputs=source.outputs,
     )
     return take(options, out=out, force=True)

@@ -32,7 +32,10 @@ class ModelSource(Value):
     arguments: Json = {}
     weights: str | None = None
     inputs: tuple[TensorSpec, ...] = ()
-    """In the order of the factory's `forward`; by default the arrays of the calibration data."""
+    """By the names of `forward`'s arguments, or in their order; by default what `example_inputs()`
+    beside the factory gives, else the arrays of the calibration data."""
+    dynamic_axes: tuple[str, ...] = ()
+    """As `--dynamic-axis` takes them: `input_ids:1=sequence[1..512]`."""
     outputs: tuple[str, ...] = ()
 
     @model_validator(mode="after")

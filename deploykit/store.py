@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -44,6 +44,8 @@ class Made(Value):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     facts: Json
+    weights: tuple[str, ...] = ()
+    """Files beside it that hold its weights."""
     preprocessing: Preprocessing | None = None
 
 
@@ -87,6 +89,7 @@ def produce(job: Job, work: Callable[[Path], Made], *, out: Path, force: bool = 
         return done
     _files.check_free(out, force=force)
     _check_replaceable(out)
+    replaced = _weights_of(out)
     started = time.monotonic()
     with ExitStack() as publishing:
         with _files.staged(out) as temporary:
@@ -106,7 +109,8 @@ def produce(job: Job, work: Callable[[Path], Made], *, out: Path, force: bool = 
                 precision=made.precision,
                 inputs=made.inputs,
                 outputs=made.outputs,
-                sha256=digest(temporary),
+                sha256=digest(temporary, made.weights),
+                weights=made.weights,
                 preprocessing=made.preprocessing or (job.source and job.source.preprocessing),
                 history=(*(job.source.history if job.source else ()), record),
             )
@@ -118,7 +122,18 @@ def produce(job: Job, work: Callable[[Path], Made], *, out: Path, force: bool = 
                 record_path(out).unlink(missing_ok=True)  # never a new model beside an old record
         if not out.is_dir():
             _write_record(record_path(out), artifact)
+        for name in set(replaced) - set(made.weights):
+            (out.parent / name).unlink(missing_ok=True)
     return artifact
+
+
+def _weights_of(out: Path) -> tuple[str, ...]:
+    """The files of weights that the model at `out` has by its record, if it has one."""
+    try:
+        found = parse(Artifact, read_json(record_path(out)), str(out)).weights
+    except InputError:
+        return ()
+    return tuple(name for name in found if Path(name).name == name)
 
 
 def _check_replaceable(out: Path) -> None:
@@ -149,7 +164,7 @@ def read(path: Path) -> Artifact | None:
         return None
     artifact = parse(Artifact, read_json(record), str(record))
     artifact = artifact.model_copy(update={"path": path})
-    if digest(path) != artifact.sha256:
+    if digest(path, artifact.weights) != artifact.sha256:
         raise IntegrityError(
             f"{path} is not the file that its record describes (sha256 differs)",
             hint="make it again"
@@ -164,13 +179,26 @@ def record_path(path: Path) -> Path:
     return path / FOLDER_RECORD if path.is_dir() else path.with_name(f"{path.name}.record.json")
 
 
-def digest(path: Path) -> str:
-    """sha256 of a model: of the file, or of all files of the folder but the record."""
+def digest(path: Path, weights: Sequence[str] = ()) -> str:
+    """sha256 of a model: of the file, or of all files of the folder but the record.
+
+    Where files beside it hold its weights, of the digests of all of them. Raises IntegrityError:
+    one is missing.
+    """
+    if weights:
+        beside = {name: _weights_digest(path.parent / name) for name in weights}
+        return digest_of({"": digest(path), **beside})
     if not path.is_dir():
         return _files.sha256(path)
     names = [name for name in _files.tree(path) if name != FOLDER_RECORD]
     lines = (f"{name}\0{_files.sha256(path / name)}\n" for name in names)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _weights_digest(path: Path) -> str:
+    if not path.is_file():
+        raise IntegrityError(f"{path}: the weights are missing", hint="move both files together")
+    return _files.sha256(path)
 
 
 def digest_of(data: Mapping[str, object]) -> str:

@@ -101,6 +101,38 @@ class TensorSpec(Value):
         return f"{self.name}: {self.dtype}[{', '.join(str(d) for d in self.shape)}]"
 
 
+class Dimension(Value):
+    """A dynamic dimension: its name, the sizes it may have, and a usual one."""
+
+    name: str
+    low: int = Field(default=1, ge=1)
+    high: int | None = None
+    """None: no bound was asked for."""
+    usual: int = Field(default=2, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Dimension:
+        if self.high is not None and self.high < self.low:
+            raise ValueError(f"{self.name} ends at {self.high}, before it starts at {self.low}")
+        return self
+
+    def holds(self, size: int) -> bool:
+        """Whether a size is in the range."""
+        return self.low <= size and (self.high is None or size <= self.high)
+
+    def others(self) -> tuple[int, ...]:
+        """Sizes in the range beside the usual one, the likeliest to work first."""
+        near = (2 * self.usual, self.usual // 2, self.usual + 1, self.usual - 1)
+        return tuple(dict.fromkeys(s for s in near if self.holds(s) and s != self.usual))
+
+    def nearest(self, size: int) -> int:
+        """The size in the range that is nearest to this one."""
+        return max(self.low, size if self.high is None else min(size, self.high))
+
+    def __str__(self) -> str:
+        return f"{self.name}[{self.low}..{'' if self.high is None else self.high}]"
+
+
 class Preprocessing(Value):
     """From a stored 8-bit image to the array that the model takes; the server needs the same.
 
@@ -151,8 +183,15 @@ class Artifact(Value):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     sha256: str
+    weights: tuple[str, ...] = ()
+    """Files that hold its weights, relative to its folder: the external data of an ONNX model."""
     preprocessing: Preprocessing | None = None
     history: tuple[StageRecord, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The model and the files of its weights."""
+        return (self.path, *(self.path.parent / name for name in self.weights))
 
     @property
     def facts(self) -> Json:
@@ -218,6 +257,8 @@ class SessionOptions(Value):
     simulate: bool = False
     """Round at each Q/DQ pair and compute in float between them, as the file says: what integers
     give on a machine that sums their products exactly. ONNX Runtime only."""
+    cuda_graph: bool = False
+    """Capture copies and kernels once for each shape and launch them as a whole. Engines only."""
 
 
 class Measurement(Value):

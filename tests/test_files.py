@@ -145,11 +145,42 @@ def test_a_folder_that_takes_nothing_is_told_by_its_reason(
 def test_a_file_is_published_under_its_name_only(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "er" / "model.onnx"
     with _files.staged(out) as temporary:
-        assert temporary.parent == out.parent
-        assert temporary.suffix == ".onnx"
+        assert temporary.parent.parent == out.parent
+        assert temporary.name == "model.onnx"
         temporary.write_text("whole")
         assert not out.exists()
     assert texts(out.parent) == {"model.onnx": "whole"}
+
+
+def test_what_lies_beside_is_published_with_it_and_before_it(tmp_path: Path) -> None:
+    out = tmp_path / "model.onnx"
+    with _files.staged(out) as temporary:
+        temporary.write_text("whole")
+        temporary.with_name("model.0a1b.data").write_text("weights")
+        assert texts(tmp_path / temporary.parent.name)
+    assert texts(tmp_path) == {"model.onnx": "whole", "model.0a1b.data": "weights"}
+
+
+def test_what_lies_beside_goes_where_the_last_step_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, real = tmp_path / "model.onnx", _files._replace
+
+    def replace(source: Path, target: Path) -> None:
+        if target == out:
+            raise OSError(errno.EIO, "planted")
+        real(source, target)
+
+    monkeypatch.setattr(_files, "_replace", replace)
+
+    def fail() -> None:
+        with _files.staged(out) as temporary:
+            temporary.write_text("whole")
+            temporary.with_name("model.0a1b.data").write_text("weights")
+
+    with pytest.raises(OSError, match="planted"):
+        fail()
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("before", ["nothing", "file", "folder", "dangling link", "link"])
@@ -325,7 +356,7 @@ def test_all_is_on_disk_before_it_is_published(
     with _files.staged(out) as temporary:
         make_folder(temporary, file="new")
         make_folder(temporary / "inner", deep="new")
-    assert set(synced[:-1]) == {("file", "old"), ("deep", "old"), ("inner", "old"), (".out", "old")}
+    assert set(synced[:-1]) == {("file", "old"), ("deep", "old"), ("inner", "old"), ("out", "old")}
     assert synced[-1] == (tmp_path.name, "new")
 
 
@@ -357,7 +388,7 @@ def test_a_kill_in_the_middle_leaves_what_was_there(tmp_path: Path, end: str, co
     assert process.returncode == code
     assert texts(out) == {"old": "old"}
     left = [path for path in tmp_path.iterdir() if path != out]
-    assert [texts(path) for path in left] == [{"part": "half"}]
+    assert [texts(path / "out") for path in left] == [{"part": "half"}]
 
     with _files.staged(out) as temporary:
         make_folder(temporary, new="new")
@@ -392,7 +423,8 @@ def test_a_sweep_beside_another_sweep_does_not_fail(
 
     def gone_already(path: Path) -> None:
         real(path)
-        raise FileNotFoundError(path)
+        if path == stale:
+            raise FileNotFoundError(path)
 
     monkeypatch.setattr(shutil, "rmtree", gone_already)
     _files.write_text(tmp_path / "out", "new")

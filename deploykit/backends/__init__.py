@@ -5,11 +5,18 @@ from __future__ import annotations
 from deploykit.backends.openvino import OpenVino
 from deploykit.backends.ort import OrtCpu
 from deploykit.backends.pytorch import PyTorch
+from deploykit.backends.tensorrt import TensorRt
 from deploykit.errors import MissingError, UsageError, did_you_mean
 from deploykit.session import Backend, Session
 from deploykit.values import Artifact, Format, SessionOptions
 
-BACKENDS: tuple[Backend, ...] = (PyTorch(), OrtCpu(), OpenVino())
+BACKENDS: tuple[Backend, ...] = (
+    PyTorch(),
+    OrtCpu(),
+    OpenVino(),
+    TensorRt("tensorrt"),
+    TensorRt("tensorrt-rtx"),
+)
 
 
 def backend(name: str) -> Backend:
@@ -35,10 +42,7 @@ def open_session(
     """
     options = options or SessionOptions()
     if name is None:
-        fitting = available(artifact.format)
-        if not fitting:
-            raise no_backend(artifact)
-        return fitting[0].open(artifact, options)
+        name = _first(artifact)
     chosen = backend(name)
     if artifact.format not in chosen.formats:
         raise UsageError(
@@ -47,20 +51,29 @@ def open_session(
         )
     if options.simulate and not isinstance(chosen, OrtCpu):
         raise UsageError(f"{name} cannot simulate integers", hint="ort-cpu can")
+    if options.cuda_graph and not isinstance(chosen, TensorRt):
+        raise UsageError(f"{name} has no CUDA graphs", hint="TensorRT engines have")
     if reason := chosen.unavailable():
         raise MissingError(f"{name} cannot run here: {reason}", hint="see `deploykit doctor`")
     return chosen.open(artifact, options)
 
 
+def _first(artifact: Artifact) -> str:
+    """The first backend that takes the artifact's format and, of an engine, is its flavour."""
+    fitting = [b.name for b in available(artifact.format)]
+    if artifact.format == "engine":
+        fitting = [name for name in fitting if name == artifact.facts.get("flavour")]
+    if not fitting:
+        raise no_backend(artifact)
+    return fitting[0]
+
+
 def no_backend(artifact: Artifact) -> MissingError:
     """The error for a model that nothing here can run."""
-    takers = [b.name for b in BACKENDS if artifact.format in b.formats]
-    if not takers:
-        return MissingError(
-            f"{artifact.path}: this version of deploykit runs no {artifact.format} models",
-            hint="engines are built and described, not yet run; time them with trtexec",
-        )
+    takers = [b for b in BACKENDS if artifact.format in b.formats]
+    flavour = artifact.facts.get("flavour") if artifact.format == "engine" else None
+    reasons = [f"{b.name}: {b.unavailable()}" for b in takers if flavour in (None, b.name)]
     return MissingError(
-        f"{artifact.path}: no backend for {artifact.format} models can run here",
-        hint=f"see `deploykit doctor` for what {' and '.join(takers)} need",
+        f"{artifact.path}: no backend for {artifact.format} models can run here ({reasons[0]})",
+        hint="see `deploykit doctor`",
     )

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from deploykit.backends._common import check_feed, missing_library
-from deploykit.formats import torch_folder
+from deploykit.formats import torch_folder, torch_module
 from deploykit.values import Array, Artifact, Feed, Format, Kernel, Placement, SessionOptions
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class PyTorchSession:
 
         check_feed(feed, self.inputs)
         torch.set_num_threads(self._threads)
-        arrays = torch_folder.run(self._module, self.inputs, feed)
+        arrays = torch_module.run(self._module, self.inputs, feed)
         return {spec.name: array for spec, array in zip(self.outputs, arrays, strict=True)}
 
     def prepare(self, feed: Feed) -> Callable[[], object]:
@@ -55,10 +55,11 @@ class PyTorchSession:
         torch.set_num_threads(self._threads)
         tensors = [torch.from_numpy(feed[spec.name].copy()) for spec in self.inputs]
         module = self._module
+        given, named = torch_module.arguments(module, self.inputs, tensors)
 
         def call() -> object:
             with torch.inference_mode():
-                return module(*tensors)
+                return module(*given, **named)
 
         return call
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from deploykit.bundle.loading import Loaded, load
 from deploykit.bundle.manifest import Bundle, BundleError, Engine, FileEntry, Requirements
 from deploykit.bundle.packaging import PackagedModel, PackageOptions, package
+from deploykit.bundle.publishing import Published, PublishOptions, publish, rollback
+from deploykit.bundle.signature import sign
 from deploykit.bundle.verification import EngineCheck, Verification, verify
 
 __all__ = [
@@ -12,10 +15,17 @@ __all__ = [
     "Engine",
     "EngineCheck",
     "FileEntry",
+    "Loaded",
     "PackageOptions",
     "PackagedModel",
+    "PublishOptions",
+    "Published",
     "Requirements",
     "Verification",
+    "load",
     "package",
+    "publish",
+    "rollback",
+    "sign",
     "verify",
 ]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deploykit import gpu
 from deploykit.backends import BACKENDS, open_session
 from deploykit.bundle.manifest import GoldenOutputs
 from deploykit.dataset import Dataset
@@ -47,8 +48,14 @@ def runners(format_: Format) -> list[str]:
 
 
 def no_runner(format_: Format) -> str | None:
-    """Why this version runs no such models at all, or None."""
-    return None if runners(format_) else f"this version of deploykit runs no {format_} models"
+    """Why this version runs no such models at all, or engines not on this machine; or None."""
+    takers = [backend for backend in BACKENDS if format_ in backend.formats]
+    if not takers:
+        return f"this version of deploykit runs no {format_} models"
+    reasons = [backend.unavailable() for backend in takers]
+    if format_ != "engine" or None in reasons:
+        return None
+    return f"no engine runs on this machine: {gpu.unavailable() or reasons[0]}"
 
 
 def take(data: Dataset, models: tuple[Artifact, ...], count: int) -> Feed:

@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
+from deploykit import _files
 from deploykit.environment import Environment
 from deploykit.errors import InputError, IntegrityError
+from deploykit.layouts import oci
 from deploykit.values import Json, Precision, Preprocessing, TensorSpec, Value, parse
 
 MANIFEST = "manifest.json"
-SCHEMA: Final = "deploykit.bundle/1"
+SCHEMA: Final = "deploykit.bundle/2"
+SCHEMAS = ("deploykit.bundle/1", SCHEMA)
+"""All that this version reads."""
+SIGNATURE = "signature.json"
+"""The one file beside the manifest that no manifest lists."""
 LARGEST_MANIFEST = 64 << 20
 GET_AGAIN = "get the bundle again from where it was made"
 
 Tolerance = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Role = Literal["model", "record", "config", "golden", "evidence"]
+Role = Literal["model", "record", "config", "golden", "evidence", "bom"]
+Code = Literal["MANIFEST", "FILES", "UNSIGNED", "SIGNATURE", "WRONG_KEY", "OLD_VERSION"]
 
 
 class BundleError(IntegrityError):
-    """A bundle is not what its manifest says; `problems` lists everything that was found."""
+    """A bundle is not what its manifest or signature says; `problems` lists all that was found.
 
-    def __init__(self, path: Path, problems: Iterable[str]) -> None:
-        self.problems = tuple(problems)
+    `code` tells the first of them to a program.
+    """
+
+    def __init__(self, path: Path, problems: Iterable[str], *, code: Code = "MANIFEST") -> None:
+        self.problems, self.code = tuple(problems), code
         count, rest = len(self.problems), self.problems[1:6]
         more = [f"and {count - 6} more"] if count > 6 else []
         also = f"also: {'; '.join((*rest, *more))}; " if rest else ""
@@ -64,7 +73,9 @@ class Requirements(Value):
     opset: int | None = None
     """Version of the standard operator set that the file declares; None for native code."""
     gpus: tuple[str, ...] = ()
-    """Compute capabilities that native code was built for."""
+    """Compute capabilities that native code was built for: `sm90`; `sm80+` for newer ones too."""
+    driver: str | None = None
+    """Oldest NVIDIA driver; None where it is not known."""
 
 
 class GoldenOutputs(Value):
@@ -102,6 +113,8 @@ class Engine(Value):
     golden: GoldenOutputs | None
     no_golden: str | None = None
     """Why there are no golden outputs; None where there are."""
+    config: str | None = None
+    """Path of the server's configuration of the model; None where the layout has none."""
 
 
 class GoldenInputs(Value):
@@ -117,7 +130,9 @@ class GoldenInputs(Value):
 class Bundle(Value):
     """The manifest."""
 
-    schema_: Literal["deploykit.bundle/1"] = Field(default=SCHEMA, alias="schema")
+    schema_: Literal["deploykit.bundle/1", "deploykit.bundle/2"] = Field(
+        default=SCHEMA, alias="schema"
+    )
     name: str
     version: Annotated[int, Field(ge=1)]
     created: str
@@ -131,6 +146,21 @@ class Bundle(Value):
     preprocessing: Preprocessing | None
     evidence: str | None
     """Path of the scores and measurements; None where none were given."""
+    bom: str | None = None
+    """Path of the CycloneDX bill of materials; None in bundles of format 1."""
+
+
+def described(bundle: Bundle) -> oci.Described:
+    """What an image layout says of the bundle."""
+    first = bundle.engines[0]
+    return oci.Described(
+        name=bundle.name,
+        version=bundle.version,
+        created=bundle.created,
+        precision=first.precision,
+        format="onnx" if first.format == "onnx" else first.backend,
+        roles={entry.path: entry.role for entry in bundle.files},
+    )
 
 
 def to_json(bundle: Bundle) -> str:
@@ -145,8 +175,8 @@ def from_json(text: str | bytes, where: Path) -> Bundle:
     except (ValueError, RecursionError) as error:
         raise BundleError(where, [f"{MANIFEST} is not JSON: {error}"]) from error
     schema = data.get("schema") if isinstance(data, dict) else None
-    if schema != SCHEMA:
-        known = f"this version of deploykit reads {SCHEMA}"
+    if schema not in SCHEMAS:
+        known = f"this version of deploykit reads {' and '.join(SCHEMAS)}"
         raise BundleError(where, [f"{MANIFEST} has the schema {schema!r}; {known}"])
     try:
         bundle = parse(Bundle, data, MANIFEST)
@@ -159,11 +189,16 @@ def from_json(text: str | bytes, where: Path) -> Bundle:
 
 def read(folder: Path) -> Bundle:
     """Read the manifest of a bundle. Raises InputError: no folder. BundleError: see `from_json`."""
+    return from_json(read_text(folder), folder)
+
+
+def read_text(folder: Path) -> bytes:
+    """The bytes of the manifest. Raises InputError: no folder. BundleError: it cannot be read."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no bundle (no such folder)", hint="give a bundle's folder")
     path = folder / MANIFEST
     try:
-        with os.fdopen(open_file(path), "rb") as file:
+        with os.fdopen(_files.open_regular(path), "rb") as file:
             text = file.read(LARGEST_MANIFEST + 1)
     except FileNotFoundError as error:
         raise BundleError(folder, [f"{MANIFEST} is missing"]) from error
@@ -171,24 +206,16 @@ def read(folder: Path) -> Bundle:
         raise BundleError(folder, [f"{MANIFEST} cannot be read: {error.strerror}"]) from error
     if len(text) > LARGEST_MANIFEST:
         raise BundleError(folder, [f"{MANIFEST} is larger than {LARGEST_MANIFEST} bytes"])
-    return from_json(text, folder)
-
-
-def open_file(path: Path) -> int:
-    """A descriptor of a regular file. Raises OSError: not one (a link is not followed)."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(None, "no regular file", str(path))
-    return descriptor
+    return text
 
 
 def path_problem(path: str) -> str | None:
     """Why a path of a manifest must not be used, or None."""
-    parts = path.split("/")
-    if any(part in ("", ".", "..") for part in parts) or "\\" in path or not path.isprintable():
+    if _files.unsafe(path):
         return f"path {path!r} is not relative and normalised"
-    return f"{MANIFEST} lists itself" if path.casefold() == MANIFEST else None
+    if path.casefold() in (MANIFEST, SIGNATURE):
+        return f"{path!r} is listed, which no manifest lists"
+    return None
 
 
 def _problems(bundle: Bundle) -> list[str]:
@@ -201,22 +228,37 @@ def _problems(bundle: Bundle) -> list[str]:
     found += [f"{p!r} is not listed as {role}" for p, role in wanted if (p, role) not in listed]
     if not bundle.engines:
         found.append("there are no engines")
-    for engine in bundle.engines:
-        if (engine.golden is None) == (engine.no_golden is None):
-            found.append(f"{engine.path}: golden outputs, or the reason why there are none")
-        elif engine.golden is None and engine.format == "onnx":
-            found.append(f"{engine.path}: an ONNX model has golden outputs, this one has none")
+    found += [f"{engine.path}: {text}" for engine in bundle.engines for text in _claims(engine)]
+    portable = any(engine.format == "onnx" for engine in bundle.engines)
+    if bundle.schema_ == SCHEMA and bundle.engines and not portable:
+        found.append("there is native code without a portable ONNX model beside it")
     return found
+
+
+def _claims(engine: Engine) -> Iterator[str]:
+    """What a manifest says of an engine and cannot be."""
+    if (engine.golden is None) == (engine.no_golden is None):
+        yield "golden outputs, or the reason why there are none"
+    elif engine.golden is None and engine.format == "onnx":
+        yield "an ONNX model has golden outputs, this one has none"
+    if engine.native_code != (engine.format == "engine"):
+        yield f"native_code is {engine.native_code} for the format {engine.format}"
+    if (engine.format == "onnx") != engine.path.endswith(".onnx"):
+        yield f"its name is not one of the format {engine.format}"
 
 
 def _references(bundle: Bundle) -> list[tuple[str, Role]]:
     references: list[tuple[str, Role]] = [(bundle.golden.path, "golden")]
     if bundle.evidence is not None:
         references.append((bundle.evidence, "evidence"))
+    if bundle.bom is not None:
+        references.append((bundle.bom, "bom"))
     for engine in bundle.engines:
         references += [(engine.path, "model"), (engine.record, "record")]
         if engine.golden:
             references.append((engine.golden.path, "golden"))
+        if engine.config:
+            references.append((engine.config, "config"))
     return references
 
 

@@ -11,14 +11,14 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from deploykit import _files, environment, store
-from deploykit.bundle import golden, inventory, manifest
+from deploykit.bundle import bom, golden, inventory, manifest
 from deploykit.bundle.manifest import Bundle, Engine, FileEntry, GoldenInputs, Role
 from deploykit.bundle.requirements import requirements
 from deploykit.dataset import Dataset
 from deploykit.environment import Environment
 from deploykit.errors import InputError, IntegrityError, UsageError
-from deploykit.layouts import LAYOUTS, Placed, Serving
-from deploykit.values import Artifact, Feed, Json, Preprocessing, Value
+from deploykit.layouts import LAYOUTS, Member, Serving, oci
+from deploykit.values import Artifact, Feed, Json, Preprocessing, TensorSpec
 
 EVIDENCE = "evidence.json"
 
@@ -33,22 +33,14 @@ class PackagedModel(NamedTuple):
 class PackageOptions(Serving):
     """How to package."""
 
-    layout: Literal["plain", "triton"] = Field(
-        default="plain", description="plain files, or a Triton model repository"
+    layout: Literal["plain", "triton", "kserve", "oci"] = Field(
+        default="plain",
+        description="plain files; a Triton model repository; the same with a KServe "
+        "InferenceService; the same as an OCI image layout (ModelPack)",
     )
     golden_samples: int = Field(
         default=8, ge=1, description="samples of the data that the bundle carries to verify itself"
     )
-
-
-class Part(Value):
-    """A model with its place in the bundle."""
-
-    artifact: Artifact
-    backend: str
-    label: str
-    """Tells the names of its files apart from those of others; empty for a single model."""
-    placed: Placed
 
 
 def package(
@@ -62,47 +54,63 @@ def package(
 ) -> Bundle:
     """Write a bundle of models, each with its backend, at `out` and return the manifest.
 
-    The first model is the one to serve, the others stand in for it, in this order. Each is run,
-    from its place in the bundle, on the first samples of `data`; these and its answers go into the
-    bundle. `evidence` is written as it is.
+    The first model is the one to serve, the others stand in for it, in this order; native code
+    needs an ONNX model among them. Each is run, from its place in the bundle, on the first samples
+    of `data`; these and its answers go into the bundle. `evidence` is written as it is.
 
     Raises UsageError: a model that cannot be packaged so, or `out` is in the way. InputError: the
     data or a model is bad. IntegrityError: a model changed since it was opened. StageError: two
     runs of a model differ. MissingError: its backend cannot run here.
     """
     _check_out(out, force=force)
-    parts = _parts(models, options)
-    artifacts = tuple(artifact for artifact, _ in models)
-    preprocessing = _preprocessing(artifacts, data)
     machine = environment.read()
+    members = _members(models, machine)
+    preprocessing = _preprocessing(tuple(m.artifact for m in members), data)
     with _files.staged(out) as folder:
         folder.mkdir()
-        feed = golden.take(data, artifacts, options.golden_samples)
-        golden.write_arrays(folder / golden.INPUTS, feed)
-        engines = tuple(_add(folder, part, feed, machine) for part in parts)
+        inner = folder / "bundle" if options.layout == "oci" else folder
+        inner.mkdir(exist_ok=True)
+        feed = golden.take(data, tuple(m.artifact for m in members), options.golden_samples)
+        golden.write_arrays(inner / golden.INPUTS, feed)
+        engines = _engines(inner, members, options, feed, machine)
         if evidence is not None:
             text = store.json_text(evidence)
-            (folder / EVIDENCE).write_text(text, encoding="utf-8")
+            (inner / EVIDENCE).write_text(text, encoding="utf-8")
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        _write_bom(inner, options, created, members, engines)
         bundle = Bundle(
             name=options.name,
             version=options.version,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            layout=options.layout,
-            files=_entries(folder, engines),
+            created=created,
+            layout="triton" if options.layout == "oci" else options.layout,
+            files=_entries(inner, engines),
             engines=engines,
             golden=_golden_inputs(data, feed),
             preprocessing=preprocessing,
             evidence=None if evidence is None else EVIDENCE,
+            bom=bom.FILE,
         )
-        (folder / manifest.MANIFEST).write_text(manifest.to_json(bundle), encoding="utf-8")
-        inventory.check(folder, manifest.read(folder))
+        (inner / manifest.MANIFEST).write_text(manifest.to_json(bundle), encoding="utf-8")
+        _set_modes(inner)
+        inventory.check(inner, manifest.read(inner))
+        if options.layout == "oci":
+            oci.write(inner, folder, manifest.described(bundle))
+            _files.remove(inner)
     return bundle
+
+
+def _set_modes(folder: Path) -> None:
+    """Whatever the umask: everyone may read, only the owner may write."""
+    folder.chmod(0o755)
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def _check_out(out: Path, *, force: bool) -> None:
     """Refuse to write over anything but a bundle. Raises UsageError."""
     _files.check_free(out, force=force)
-    if out.exists() and not (out / manifest.MANIFEST).is_file() and not _is_empty(out):
+    known = (out / manifest.MANIFEST).is_file() or oci.is_layout(out)
+    if out.exists() and not known and not _is_empty(out):
         raise UsageError(
             f"{out} is no bundle ({manifest.MANIFEST} is missing), it is not replaced",
             hint="give another output path, or remove it yourself",
@@ -113,22 +121,56 @@ def _is_empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
-def _parts(models: Sequence[tuple[Artifact, str]], options: PackageOptions) -> tuple[Part, ...]:
-    """Where each model goes. Raises UsageError: none, one that cannot be packaged, or two alike."""
+def _members(models: Sequence[tuple[Artifact, str]], machine: Environment) -> tuple[Member, ...]:
+    """The models with what they need. Raises UsageError: none, or one that cannot be packaged."""
     if not models:
         raise UsageError("there is no model to package", hint="give at least one")
-    place, parts = LAYOUTS[options.layout], []
-    for artifact, backend in models:
+    for artifact, _ in models:
         _check_format(artifact)
-        label = f"-{artifact.precision}-{backend}" if len(models) > 1 else ""
-        placed = place(artifact, backend=backend, label=label, serving=options)
-        parts.append(Part(artifact=artifact, backend=backend, label=label, placed=placed))
-    labels = [part.label for part in parts]
+    if all(artifact.format == "engine" for artifact, _ in models):
+        raise UsageError(
+            f"{models[0][0].path} is native code, which needs a portable ONNX model beside it",
+            hint="give the ONNX model that it was built from too, after the engine",
+        )
+    members = tuple(_member(artifact, backend, machine) for artifact, backend in models)
+    _check_members(members)
+    return (members[0].model_copy(update={"label": ""}), *members[1:])
+
+
+def _member(artifact: Artifact, backend: str, machine: Environment) -> Member:
+    wanted = requirements(artifact, backend, machine)
+    gpu = f"-{wanted.gpus[0].replace('+', 'plus')}" if wanted.gpus else ""
+    return Member(
+        artifact=artifact,
+        backend=backend,
+        label=f"-{artifact.precision}-{backend}{gpu}",
+        machine=wanted.machine,
+        cpu_features_any=wanted.cpu_features_any,
+        gpus=wanted.gpus,
+    )
+
+
+def _check_members(members: Sequence[Member]) -> None:
+    """Refuse two models that cannot be told apart, or that cannot stand in for each other."""
+    labels, first = [member.label for member in members], members[0].artifact
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise UsageError(
             f"two models are {twice[0].removeprefix('-')}", hint="package each in its own bundle"
         )
-    return tuple(parts)
+    for other in (member.artifact for member in members[1:]):
+        if (_seen(first.inputs), _seen(first.outputs)) != (
+            _seen(other.inputs),
+            _seen(other.outputs),
+        ):
+            raise UsageError(
+                f"{other.path} cannot stand in for {first.path}: it has other inputs or outputs",
+                hint="package each in its own bundle",
+            )
+
+
+def _seen(specs: tuple[TensorSpec, ...]) -> set[tuple[str, str, int]]:
+    """What a caller sees of tensors; a fixed size may stand in for a dynamic one."""
+    return {(spec.name, spec.dtype, len(spec.shape)) for spec in specs}
 
 
 def _check_format(artifact: Artifact) -> None:
@@ -163,21 +205,36 @@ def _preprocessing(artifacts: tuple[Artifact, ...], data: Dataset) -> Preprocess
     return known[0] if known else None
 
 
-def _add(folder: Path, part: Part, feed: Feed, machine: Environment) -> Engine:
-    """Write a model, its record, its texts and its golden outputs into the bundle."""
-    source, backend, placed = part.artifact, part.backend, part.placed
-    requires = requirements(source, backend, machine)
-    for path, text in placed.texts.items():
+def _engines(
+    folder: Path,
+    members: tuple[Member, ...],
+    options: PackageOptions,
+    feed: Feed,
+    machine: Environment,
+) -> tuple[Engine, ...]:
+    """Lay the models out in the bundle, and add each with its record and golden outputs."""
+    laid = LAYOUTS[options.layout](members, options, feed)
+    for path, content in laid.files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(text, encoding="utf-8")
-    model = _copy(source, folder / placed.model)
-    record = f"model{part.label}{model.path.suffix}.record.json"
-    (folder / record).write_text(store.record_text(source), encoding="utf-8")
-    outputs = f"{golden.OUTPUTS}{part.label}.npz"
-    reason = golden.no_runner(source.format)
+        (folder / path).write_bytes(content)
+    places = zip(members, laid.models, laid.configs, strict=True)
+    return tuple(
+        _add(folder, member, model, feed, machine).model_copy(update={"config": config})
+        for member, model, config in places
+    )
+
+
+def _add(folder: Path, member: Member, path: str, feed: Feed, machine: Environment) -> Engine:
+    """Write a model, its record and its golden outputs into the bundle."""
+    source, backend = member.artifact, member.backend
+    model = _copy(source, folder / path)
     native = source.format == "engine"
+    record = f"model{member.label}.{source.format}.record.json"
+    (folder / record).write_text(store.record_text(source), encoding="utf-8")
+    outputs = f"{golden.OUTPUTS}{member.label}.npz"
+    reason = golden.no_runner(source.format)
     return Engine(
-        path=placed.model,
+        path=path,
         record=record,
         format="engine" if native else "onnx",
         native_code=native,
@@ -185,11 +242,24 @@ def _add(folder: Path, part: Part, feed: Feed, machine: Environment) -> Engine:
         backend=backend,
         inputs=source.inputs,
         outputs=source.outputs,
-        requires=requires,
+        requires=requirements(source, backend, machine),
         built_on=None if reason else machine,
         golden=None if reason else golden.record(model, backend, feed, folder / outputs),
         no_golden=reason,
     )
+
+
+def _write_bom(
+    folder: Path,
+    options: PackageOptions,
+    created: str,
+    members: tuple[Member, ...],
+    engines: tuple[Engine, ...],
+) -> None:
+    models = [(member.artifact, engine) for member, engine in zip(members, engines, strict=True)]
+    files = _entries(folder, engines)
+    text = bom.render(options.name, options.version, created, models, files)
+    (folder / bom.FILE).write_text(text, encoding="utf-8")
 
 
 def _copy(source: Artifact, path: Path) -> Artifact:
@@ -215,7 +285,7 @@ def _golden_inputs(data: Dataset, feed: Feed) -> GoldenInputs:
 
 def _entries(folder: Path, engines: tuple[Engine, ...]) -> tuple[FileEntry, ...]:
     """The files written so far, with their roles."""
-    roles: dict[str, Role] = {golden.INPUTS: "golden", EVIDENCE: "evidence"}
+    roles: dict[str, Role] = {golden.INPUTS: "golden", EVIDENCE: "evidence", bom.FILE: "bom"}
     for engine in engines:
         roles |= {engine.path: "model", engine.record: "record"}
         if engine.golden:

@@ -69,7 +69,28 @@ def mismatches(requires: Requirements, machine: Environment) -> list[str]:
         need = f"{' or '.join(requires.runtimes)} {requires.match} {requires.version}"
         have = ", ".join(f"{n} {v}" for n, v in installed.items()) or "none"
         found.append(f"{need} required, {have} found")
+    return [*found, *_gpu_mismatches(requires, machine)]
+
+
+def _gpu_mismatches(requires: Requirements, machine: Environment) -> list[str]:
+    """The GPU and its driver; each GPU of the machine must do, the server may take any."""
+    found = []
+    have = [gpu.compute_capability for gpu in machine.gpus]
+    if requires.gpus and (not have or not all(_runs_on(sm, requires.gpus) for sm in have)):
+        none = "no GPU"
+        need = " or ".join(requires.gpus)
+        found.append(f"GPU {need} required, {', '.join(have) or none} found")
+    if requires.driver and _release(machine.driver or "0") < _release(requires.driver):
+        found.append(f"driver at least {requires.driver} required, {machine.driver} found")
     return found
+
+
+def _runs_on(gpu: str, built_for: tuple[str, ...]) -> bool:
+    number = int(gpu.removeprefix("sm"))
+    return any(
+        number >= int(wanted[2:-1]) if wanted.endswith("+") else gpu == wanted
+        for wanted in built_for
+    )
 
 
 def _satisfies(version: str, requires: Requirements) -> bool:
@@ -101,8 +122,31 @@ def _native(artifact: Artifact, backend: str, machine: Environment) -> Requireme
         runtimes=RUNTIMES[backend].distributions,
         version=version,
         match="exactly",
-        gpus=tuple(facts.get("compute_capabilities", ())),
+        gpus=_gpus(artifact, machine),
+        driver=machine.driver,
     )
+
+
+def _gpus(artifact: Artifact, machine: Environment) -> tuple[str, ...]:
+    """The compute capabilities that the engine was built for, as a manifest writes them.
+
+    TensorRT builds for the GPU of its own machine: that is this one's, if it has one. Raises
+    InputError: it has none, and the record does not say.
+    """
+    told = tuple(map(str, artifact.facts.get("compute_capabilities", ())))
+    portable = [m for text in told if (m := re.search(r"portable, (sm\d+) and newer", text))]
+    if portable:
+        return tuple(f"{match[1]}+" for match in portable)
+    if told and all(re.fullmatch(r"sm\d+", text) for text in told):
+        return told
+    here = tuple(gpu.compute_capability for gpu in machine.gpus)
+    if not here:
+        raise InputError(
+            f"{artifact.path}: its record does not say for which GPU it was built, and this "
+            "machine has none",
+            hint="package it on the machine that built it",
+        )
+    return tuple(dict.fromkeys(here))
 
 
 def _portable(artifact: Artifact, runtime: Runtime, machine: Environment) -> Requirements:

@@ -1,4 +1,4 @@
-"""Verify a bundle: its files, then the machine, then the answers of its engines."""
+"""Verify a bundle: who made it, its files, then the machine, then the answers of its engines."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from pathlib import Path
 
 from deploykit import environment as environments
 from deploykit.backends import open_session
-from deploykit.bundle import golden, inventory, manifest
+from deploykit.bundle import golden, integrity, manifest
+from deploykit.bundle.golden import Agreement
+from deploykit.bundle.integrity import Whole
 from deploykit.bundle.manifest import Bundle, Engine, GoldenOutputs
 from deploykit.bundle.requirements import mismatches
 from deploykit.environment import Environment
 from deploykit.errors import AnswerIsNo, IntegrityError, MissingError
 from deploykit.formats import onnx_file
+from deploykit.layouts import oci
+from deploykit.session import Session
 from deploykit.values import Array, Artifact, Feed, Value
 
 
@@ -48,22 +52,80 @@ class Verification(Value):
         return "\n  ".join((head, *self.checks))
 
 
-def verify(path: Path, *, environment: Environment | None = None) -> Verification:
-    """Check the manifest, every file, the machine, and the golden outputs of every engine.
+def verify(
+    path: Path,
+    *,
+    public_key: Path | None = None,
+    min_version: int | None = None,
+    target: Environment | None = None,
+    environment: Environment | None = None,
+) -> Verification:
+    """Check signature, version, files, the machine, and the golden outputs of every engine.
 
-    Nothing of the bundle is loaded before its files and the machine are found good. The files are
-    hashed and then loaded by path: whoever can write to the folder in between can change them.
+    Nothing of the bundle is loaded before its files and the machine are found good. With `target`,
+    the description of another machine, the engines are held against that one and not run.
 
-    Raises InputError: no bundle there. BundleError: its files are not as the manifest says.
-    MissingError: an engine does not fit this machine (`environment`, by default the real one).
-    AnswerIsNo: an engine answers differently from when the bundle was made.
+    Raises InputError: no bundle there, or no key. BundleError: its files are not as the manifest
+    or the signature says, or its version is below `min_version`. MissingError: an engine does not
+    fit the machine (`environment`, by default the real one). AnswerIsNo: engines answer
+    differently from when the bundle was made. Each tells all that is wrong.
     """
-    bundle = manifest.read(path)
-    inventory.check(path, bundle)
-    machine = environment or environments.read()
-    _check_machine(path, bundle, machine)
-    feed = _golden_inputs(path, bundle)
-    engines = tuple(_check_engine(path, bundle, engine, feed, machine) for engine in bundle.engines)
+    with oci.opened(path) as folder:
+        machine = target or environment or environments.read()
+        whole = integrity.check(
+            folder,
+            public_key=public_key,
+            min_version=min_version,
+            also=lambda bundle: machine_rows(bundle, machine),
+        )
+        if rows := machine_rows(whole.bundle, machine):
+            where = "the target machine" if target else "this machine"
+            raise MissingError(
+                f"{path} does not fit {where}: {'; '.join(rows)}",
+                hint="install what is required, or package the model for that machine",
+            )
+        elsewhere = "checked for another machine" if target else None
+        engines = check_engines(whole, machine, not_run=elsewhere)
+        return _verification(path, whole, engines, target=target is not None)
+
+
+def machine_rows(bundle: Bundle, machine: Environment) -> list[str]:
+    """What every engine requires and the machine has not."""
+    return [
+        f"{engine.path}: {row}" for engine in bundle.engines for row in engine_rows(engine, machine)
+    ]
+
+
+def engine_rows(engine: Engine, machine: Environment) -> list[str]:
+    """What the engine requires and the machine has not; empty where it fits."""
+    return [*mismatches(engine.requires, machine), *_unknown_backend(engine)]
+
+
+def check_engines(
+    whole: Whole, machine: Environment, *, not_run: str | None = None
+) -> tuple[EngineCheck, ...]:
+    """Run the golden inputs on every engine, unless there is a reason not to.
+
+    Raises AnswerIsNo: engines that answer differently, all of them. IntegrityError: a file was
+    changed meanwhile.
+    """
+    checks, wrong, hints = [], [], []
+    for engine in whole.bundle.engines:
+        check, problem = _check_engine(whole, engine, not_run)
+        checks.append(check)
+        if problem:
+            wrong.append(f"{whole.folder / engine.path} on {engine.backend}: {problem}")
+            hints.append(_differences(engine, machine))
+    integrity.check_untouched(whole)
+    if wrong:
+        raise AnswerIsNo("; ".join(wrong), hint=hints[0])
+    return tuple(checks)
+
+
+def _verification(
+    path: Path, whole: Whole, engines: tuple[EngineCheck, ...], *, target: bool
+) -> Verification:
+    bundle = whole.bundle
     errors = [e.golden_max_error for e in engines if e.golden_max_error is not None]
     return Verification(
         path=path,
@@ -72,23 +134,10 @@ def verify(path: Path, *, environment: Environment | None = None) -> Verificatio
         layout=bundle.layout,
         files=len(bundle.files) + 1,
         size_bytes=sum(entry.size for entry in bundle.files),
-        checks=_sentences(bundle, engines),
+        checks=_sentences(whole, engines, target=target),
         engines=engines,
         golden_max_error=max(errors) if errors else None,
     )
-
-
-def _check_machine(path: Path, bundle: Bundle, machine: Environment) -> None:
-    rows = [
-        f"{engine.path}: {row}"
-        for engine in bundle.engines
-        for row in (*mismatches(engine.requires, machine), *_unknown_backend(engine))
-    ]
-    if rows:
-        raise MissingError(
-            f"{path} does not fit this machine: {'; '.join(rows)}",
-            hint="install what is required, or package the model for this machine",
-        )
 
 
 def _golden_inputs(path: Path, bundle: Bundle) -> Feed:
@@ -112,31 +161,32 @@ def _golden_outputs(path: Path, expected: GoldenOutputs) -> dict[str, Array]:
 
 
 def _check_engine(
-    path: Path, bundle: Bundle, engine: Engine, feed: Feed, machine: Environment
-) -> EngineCheck:
-    artifact = _artifact(path, bundle, engine)
-    if reason := engine.no_golden or golden.no_runner(engine.format):
-        return EngineCheck(
-            path=engine.path, backend=engine.backend, golden_max_error=None, golden_not_run=reason
-        )
+    whole: Whole, engine: Engine, not_run: str | None
+) -> tuple[EngineCheck, str | None]:
+    """What was found out about an engine, and what is wrong with its answers."""
+    artifact, agreement = artifact_of(whole, engine), None
     if engine.format == "onnx":
         _check_names(artifact)
-    expected = engine.golden
-    assert expected is not None  # noqa: S101 - `manifest.read` has checked it
-    want = _golden_outputs(path, expected)
-    with open_session(artifact, engine.backend) as session:
-        agreement = golden.compare(want, golden.run(session, feed, expected.batch_size), expected)
-    if agreement.problem:
-        raise AnswerIsNo(
-            f"{path / engine.path} on {engine.backend}: {agreement.problem}",
-            hint=_differences(engine, machine),
-        )
-    return EngineCheck(
+    reason = engine.no_golden or golden.no_runner(engine.format) or not_run
+    if reason is None:
+        with open_session(artifact, engine.backend) as session:
+            agreement = answers(whole, engine, session)
+    check = EngineCheck(
         path=engine.path,
         backend=engine.backend,
-        golden_max_error=agreement.max_error,
-        golden_not_run=None,
+        golden_max_error=agreement.max_error if agreement else None,
+        golden_not_run=reason,
     )
+    return check, agreement.problem if agreement else None
+
+
+def answers(whole: Whole, engine: Engine, session: Session) -> Agreement:
+    """How a session answers the golden inputs. Raises IntegrityError: these are bad."""
+    expected = engine.golden
+    assert expected is not None  # noqa: S101 - `manifest.read` has checked it
+    feed = _golden_inputs(whole.folder, whole.bundle)
+    want = _golden_outputs(whole.folder, expected)
+    return golden.compare(want, golden.run(session, feed, expected.batch_size), expected)
 
 
 def _check_names(artifact: Artifact) -> None:
@@ -153,10 +203,11 @@ def _check_names(artifact: Artifact) -> None:
             )
 
 
-def _artifact(path: Path, bundle: Bundle, engine: Engine) -> Artifact:
-    digests = {entry.path: entry.sha256 for entry in bundle.files}
+def artifact_of(whole: Whole, engine: Engine) -> Artifact:
+    """The engine as a model on disk."""
+    digests = {entry.path: entry.sha256 for entry in whole.bundle.files}
     return Artifact(
-        path=path / engine.path,
+        path=whole.folder / engine.path,
         format=engine.format,
         precision=engine.precision,
         inputs=engine.inputs,
@@ -191,16 +242,13 @@ def _differences(engine: Engine, machine: Environment) -> str:
     return f"{told}Evaluate the model on this machine, and package it again if it is good"
 
 
-def _unchecked(bundle: Bundle) -> str:
-    gpus = sorted({gpu for engine in bundle.engines for gpu in engine.requires.gpus})
-    return f"; its GPU is not checked (built for {', '.join(gpus)})" if gpus else ""
-
-
-def _sentences(bundle: Bundle, engines: tuple[EngineCheck, ...]) -> tuple[str, ...]:
+def _sentences(whole: Whole, engines: tuple[EngineCheck, ...], *, target: bool) -> tuple[str, ...]:
+    bundle, machine = whole.bundle, "the target machine" if target else "this machine"
     return (
-        f"manifest is sound ({bundle.schema_})",
+        f"manifest is sound ({bundle.schema_}, version {bundle.version})",
+        whole.signed,
         f"{len(bundle.files)} files have their size and sha256, and there is nothing else",
-        f"this machine meets what the engines require{_unchecked(bundle)}",
+        f"{machine} meets what the engines require",
         *(
             f"{e.path}: golden inputs not run: {e.golden_not_run}"
             if e.golden_not_run

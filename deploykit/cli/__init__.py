@@ -14,6 +14,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prune": ("torch_stages", "Remove channels of a PyTorch model."),
     "distill": ("torch_stages", "Train a student to follow a teacher."),
     "export": ("torch_stages", "Export a PyTorch model to ONNX, proven against PyTorch."),
+    "convert": (
+        "onnx_stages",
+        "Rewrite an ONNX model in FP16, BF16 or a newer opset, proven on data.",
+    ),
     "quantize": (
         "onnx_stages",
         "Quantize an ONNX model to INT8, FP8 or INT4 Q/DQ, on calibration data.",
@@ -23,7 +27,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("measure", "Compare the outputs of two models on data."),
     "bench": ("measure", "Time models, each in its own process, interleaved."),
     "package": ("ship", "Pack a model into a verified bundle for a server."),
-    "verify": ("ship", "Check a bundle: files, machine, golden inputs."),
+    "sign": ("ship", "Sign a bundle with a local key."),
+    "verify": ("ship", "Check a bundle: signature, files, machine, golden inputs."),
+    "publish": ("ship", "Put a bundle into a live Triton repository, or leave it as it was."),
+    "rollback": ("ship", "Serve the version before the newest one again."),
     "run": ("run", "Go the whole way of a recipe, with gates; resumable."),
 }
 """Name to its module here and its one line of help."""

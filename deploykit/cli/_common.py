@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 import click
 
 from deploykit import store
-from deploykit._code import split_reference
+from deploykit._code import beside, split_reference
 from deploykit._shapes import parse_inputs
 from deploykit.dataset import Dataset, open_dataset
 from deploykit.errors import InputError, UsageError
 from deploykit.formats import open_model
-from deploykit.stages.take import TakeOptions, take
+from deploykit.formats.torch_module import EXAMPLE_INPUTS
+from deploykit.stages.take import TakeOptions, is_program, take
 from deploykit.values import Artifact, Json, TensorSpec, Value
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -45,7 +46,9 @@ STDOUT = "deploykit.stdout"
 json_option = click.option(
     "--json", "as_json", is_flag=True, callback=_reserve_stdout, help="Print one JSON document."
 )
-backend_option = click.option("--backend", help="pytorch, ort-cpu or openvino.")
+backend_option = click.option(
+    "--backend", help="pytorch, ort-cpu, openvino, tensorrt or tensorrt-rtx."
+)
 threads_option = click.option(
     "--threads", type=click.IntRange(1), default=None, help="Threads of the runtime."
 )
@@ -74,13 +77,15 @@ def factory_options(command: F) -> F:
                 "input_shapes",
                 multiple=True,
                 help="Input of a factory's model: name:1x3x224x224 or name:1x128:int64; "
-                "the first axis is the batch. By default the data's.",
+                "the first axis is the batch. By default what example_inputs() beside the factory "
+                "gives, else the data's.",
             ),
             click.option(
                 "--dynamic-axis",
                 "dynamic_axes",
                 multiple=True,
-                help="A further dynamic axis: name:1=length.",
+                help="A dynamic axis, named, and its range if it has one: images:0=batch, "
+                "input_ids:1=sequence[1..512].",
             ),
             click.option("--output-name", "output_names", multiple=True, help="Name of an output."),
         )
@@ -90,8 +95,8 @@ def factory_options(command: F) -> F:
 
 
 def is_factory(reference: str) -> bool:
-    """Whether a model reference names a function rather than a path."""
-    return ":" in reference and not Path(reference).exists()
+    """Whether a model reference names what is to be taken in: a function, or a program."""
+    return is_program(reference) or (":" in reference and not Path(reference).exists())
 
 
 def model(reference: str, given: dict[str, Any], data: Dataset | None = None) -> Artifact:
@@ -113,10 +118,12 @@ def model(reference: str, given: dict[str, Any], data: Dataset | None = None) ->
         arguments=_arguments(given.get("model_args", "{}")),
         weights=given.get("weights"),
         inputs=_inputs(reference, given, data),
+        dynamic_axes=given.get("dynamic_axes", ()),
         outputs=given.get("output_names", ()),
     )
     folder = click.get_current_context().with_resource(tempfile.TemporaryDirectory())
-    return take(options, out=Path(folder) / split_reference(reference)[1])
+    name = split_reference(reference)[1].replace("/", "_")
+    return take(options, out=Path(folder) / name)
 
 
 def on_disk(reference: str) -> Artifact:
@@ -124,6 +131,8 @@ def on_disk(reference: str) -> Artifact:
 
     Raises UsageError: it is a factory.
     """
+    if is_program(reference):
+        return model(reference, {})
     if is_factory(reference):
         raise UsageError(
             f"{reference} is a factory, and a model to compare with needs its trained weights",
@@ -133,16 +142,13 @@ def on_disk(reference: str) -> Artifact:
 
 
 def _inputs(reference: str, given: dict[str, Any], data: Dataset | None) -> tuple[TensorSpec, ...]:
-    shapes, axes = given.get("input_shapes", ()), given.get("dynamic_axes", ())
-    specs = parse_inputs(shapes, axes)
-    if not specs and data is not None:
-        specs = data.specs()
-    if not specs:
-        raise UsageError(
-            f"{reference} is a factory and its inputs are not known",
-            hint="give --input-shape name:1x3x224x224, or --data",
-        )
-    return specs
+    """As they were given, else the data's; () where the model itself is to say.
+
+    Raises UsageError: of another form than `parse_inputs` takes.
+    """
+    specs = parse_inputs(given.get("input_shapes", ()))
+    knows = is_program(reference) or beside(reference, EXAMPLE_INPUTS) is not None
+    return specs or (data.specs() if data is not None and not knows else ())
 
 
 def _arguments(text: str) -> Json:

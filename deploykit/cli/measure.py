@@ -16,6 +16,7 @@ from deploykit.errors import AnswerIsNo, UsageError
 from deploykit.evaluation import collect, compare, evaluate
 from deploykit.measure import BenchOptions, Candidate, bench
 from deploykit.report import timings
+from deploykit.report.differences import difference
 from deploykit.report.summary import interval
 from deploykit.values import Artifact, SessionOptions
 
@@ -76,12 +77,7 @@ def compare_command(reference: str, candidate: str, *, as_json: bool, **given: A
         backends.open_session(_common.on_disk(candidate), given["backend"], options) as other,
     ):
         found = compare(one, other, opened)
-    lines = [
-        f"{d.output}: max |difference| {d.max_absolute:.3g} ({d.max_relative:.3g} of the largest), "
-        f"cosine {d.cosine:.6f}, SQNR {d.sqnr_db:.1f} dB"
-        + (f", same argmax {d.agreement:.4f}" if d.agreement is not None else "")
-        for d in found
-    ]
+    lines = [difference(d) for d in found]
     document = {"outputs": [d.model_dump(mode="json") for d in found]}
     _common.show(document, "\n".join(lines), as_json=as_json, schema="deploykit.comparison/1")
 

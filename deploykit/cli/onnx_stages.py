@@ -1,4 +1,4 @@
-"""`quantize`, `build`."""
+"""`convert`, `quantize`, `build`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,34 @@ from deploykit.cli._observer import Terminal
 from deploykit.errors import UsageError
 from deploykit.formats import open_model
 from deploykit.stages.build import BuildOptions, build
+from deploykit.stages.convert import ConvertOptions, convert
 from deploykit.stages.quantize import Promise, QuantizeOptions, quantize
+
+
+@click.command("convert", help=COMMANDS["convert"][1])
+@click.argument("model")
+@_common.output_option
+@_common.data_option(text="Real inputs to find out on what must stay in float32, and to prove it.")
+@_options.fields(ConvertOptions)
+@_common.force_option
+@_common.json_option
+def convert_command(
+    model: str, output: Path, *, data: str, force: bool, as_json: bool, **given: Any
+) -> None:
+    """Convert."""
+    opened, options = _common.required_data(data), _options.make(ConvertOptions, given)
+    source = open_model(model)
+    with Terminal() as terminal:
+        terminal.step(model, "convert")
+        artifact = convert(
+            source,
+            options,
+            data=opened,
+            out=output,
+            force=force,
+            talk=lambda text, done, total: terminal.progress(done, total, text),
+        )
+    _common.made(artifact, as_json=as_json)
 
 
 @click.command("quantize", help=COMMANDS["quantize"][1])
@@ -80,10 +107,30 @@ def _promise(max_drop: str | None, reference: str | None, metric: str | None) ->
 @click.command("build", help=COMMANDS["build"][1])
 @click.argument("model")
 @_common.output_option
+@click.option("--shapes-from", help="Data whose real shapes the optimization profile spans.")
 @_options.fields(BuildOptions)
 @_common.force_option
 @_common.json_option
-def build_command(model: str, output: Path, *, force: bool, as_json: bool, **given: Any) -> None:
+def build_command(
+    model: str,
+    output: Path,
+    *,
+    shapes_from: str | None,
+    force: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
     """Build an engine."""
-    artifact = build(open_model(model), _options.make(BuildOptions, given), out=output, force=force)
+    source, options = open_model(model, native=True), _options.make(BuildOptions, given)
+    data = _common.data(shapes_from)
+    with Terminal() as terminal:
+        terminal.step(model, "build")
+        artifact = build(
+            source,
+            options,
+            out=output,
+            data=data,
+            force=force,
+            talk=lambda text, done, total: terminal.progress(done, total, text),
+        )
     _common.made(artifact, as_json=as_json)

@@ -11,6 +11,7 @@ from deploykit.cli import COMMANDS, _common, _options
 from deploykit.cli._observer import Terminal
 from deploykit.dataset import Dataset
 from deploykit.faster import prune_until_faster
+from deploykit.report.differences import proof
 from deploykit.stages.distill import DistillOptions, distill
 from deploykit.stages.export import ExportOptions, export
 from deploykit.stages.prune import PruneOptions, prune
@@ -106,3 +107,5 @@ def export_command(
     options = _options.make(ExportOptions, given)
     artifact = export(source, options, out=output, data=opened, force=force)
     _common.made(artifact, as_json=as_json)
+    if not as_json:
+        click.echo("\n".join(proof(artifact)))

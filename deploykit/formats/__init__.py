@@ -14,9 +14,10 @@ __all__ = ["engine_file", "onnx_file", "open_model", "torch_folder"]
 ENGINES = frozenset({".engine", ".plan", ".trt"})
 
 
-def open_model(path: str | Path) -> Artifact:
+def open_model(path: str | Path, *, native: bool = False) -> Artifact:
     """Open a torch artifact folder, an `.onnx` file or an engine.
 
+    With `native` an `.onnx` file may hold nodes that only native code of others can run.
     Raises InputError: no such model or an unknown kind. IntegrityError: it is not the file that its
     record describes.
     """
@@ -34,7 +35,7 @@ def open_model(path: str | Path) -> Artifact:
             f"{path}: {store.FOLDER_RECORD} is missing", hint="make the torch artifact again"
         )
     if path.suffix == ".onnx":
-        return onnx_file.open_file(path)
+        return onnx_file.open_file(path, native=native)
     if path.suffix in ENGINES:
         return engine_file.open_file(path)
     raise InputError(

@@ -11,44 +11,85 @@ import numpy as np
 from deploykit import store
 from deploykit._lazy import needs
 from deploykit.errors import InputError
+from deploykit.formats import onnx_check, onnx_weights
+from deploykit.formats.onnx_check import MAKE_AGAIN
 from deploykit.values import Artifact, Precision, TensorSpec
 
 if TYPE_CHECKING:
     import onnx
 
-MAKE_AGAIN = "export the model again, or give a sound .onnx file"
-
 
 def read(path: Path) -> onnx.ModelProto:
     """Load a model with its weights. Raises InputError: it is not a sound ONNX file."""
-    with needs("onnx"):
-        import onnx
-        from google.protobuf.message import DecodeError
-    try:
-        model = onnx.load(path)
-    except (DecodeError, OSError, ValueError, onnx.checker.ValidationError) as error:
-        raise InputError(f"{path}: not an ONNX file: {_line(error)}", hint=MAKE_AGAIN) from error
-    if not model.graph.node and not model.graph.output:
-        raise InputError(f"{path}: not an ONNX file: it holds no graph", hint=MAKE_AGAIN)
-    try:
-        onnx.checker.check_model(model)
-    except (ValueError, onnx.checker.ValidationError) as error:
-        raise InputError(f"{path}: broken ONNX model: {_line(error)}", hint=MAKE_AGAIN) from error
+    model = shell(path)
+    onnx_weights.load(model, path.parent)
     return model
 
 
-def open_file(path: Path) -> Artifact:
-    """The artifact of an ONNX file: by its record, or by what the file declares."""
+def shell(path: Path) -> onnx.ModelProto:
+    """Load a model; weights that lie in other files stay there, and are known to be there.
+
+    Raises InputError: it is not a sound ONNX file, or too new for the libraries here.
+    """
+    with needs("onnx"):
+        import onnx
+        from google.protobuf.message import DecodeError
+    onnx_check.look(path)
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (DecodeError, OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not an ONNX file: {line(error)}", hint=MAKE_AGAIN) from error
+    if not model.graph.node and not model.graph.output:
+        raise InputError(f"{path}: not an ONNX file: it holds no graph", hint=MAKE_AGAIN)
+    onnx_weights.check(model, path)
+    _check_versions(model, path)
+    try:
+        onnx.checker.check_model(str(path) if onnx_weights.files(model) else model)
+    except (ValueError, onnx.checker.ValidationError) as error:
+        raise InputError(f"{path}: broken ONNX model: {line(error)}", hint=MAKE_AGAIN) from error
+    return model
+
+
+def _check_versions(model: onnx.ModelProto, path: Path) -> None:
+    """Raises InputError: an operator set or a format that is newer than the library here."""
+    import onnx
+
+    told, newest = f"{path}: this version of onnx knows", onnx.defs.onnx_opset_version()
+    if (given := opset(model)) > newest:
+        raise InputError(
+            f"{told} opsets up to {newest}, the model is of opset {given}",
+            hint=f"export it with opset {newest} or lower, or install a newer onnx",
+        )
+    if model.ir_version > onnx.IR_VERSION:
+        raise InputError(
+            f"{told} IR versions up to {onnx.IR_VERSION}, the model is of {model.ir_version}",
+            hint="export it for an older version, or install a newer onnx",
+        )
+
+
+def open_file(path: Path, *, native: bool = False) -> Artifact:
+    """The artifact of an ONNX file: by its record, or by what the file declares.
+
+    A file without a record may come from anywhere: it is first read in a process of its own. With
+    `native` it may hold nodes that only native code of others can run; see `onnx_check.check`.
+    """
     if artifact := store.read(path):
         return artifact
-    model = read(path)
+    onnx_check.check(path, native=native)
+    return declared(path)
+
+
+def declared(path: Path) -> Artifact:
+    """The artifact of a file by what it declares. Raises InputError: it is not sound."""
+    model = shell(path)
+    weights = onnx_weights.files(model)
     try:
         return Artifact(
-            path=path, format="onnx", precision=precision(model),
-            inputs=inputs(model), outputs=outputs(model), sha256=_digest(path),
+            path=path, format="onnx", precision=precision(model), inputs=inputs(model),
+            outputs=outputs(model), weights=weights, sha256=store.digest(path, weights),
         )  # fmt: skip
     except ValueError as error:  # names that are no text
-        raise InputError(f"{path}: broken ONNX model: {_line(error)}", hint=MAKE_AGAIN) from error
+        raise InputError(f"{path}: broken ONNX model: {line(error)}", hint=MAKE_AGAIN) from error
 
 
 def inputs(model: onnx.ModelProto) -> tuple[TensorSpec, ...]:
@@ -118,17 +159,7 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     return TensorSpec(name=value.name, dtype=dtype, shape=shape)
 
 
-def _digest(path: Path) -> str:
-    """sha256 of the file, or of it and the files that hold its weights, if there are any."""
-    import onnx
-
-    digests = {"": store.digest(path)}
-    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
-        places = (e.value for e in tensor.external_data if e.key == "location")
-        digests |= {place: store.digest(path.parent / place) for place in places}
-    return store.digest_of(digests) if len(digests) > 1 else digests[""]
-
-
-def _line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def line(error: Exception) -> str:
+    """The first line of what a library says that is not empty."""
+    lines = [part.strip() for part in str(error).splitlines() if part.strip()]
     return lines[0] if lines else type(error).__name__

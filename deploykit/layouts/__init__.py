@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from deploykit.layouts import plain, triton
-from deploykit.layouts.interface import Layout, Placed, Serving, batched
+from deploykit.layouts import kserve, plain, triton
+from deploykit.layouts.interface import Laid, Layout, Member, Serving, batched
 
-__all__ = ["LAYOUTS", "Layout", "Placed", "Serving", "batched"]
+__all__ = ["LAYOUTS", "Laid", "Layout", "Member", "Serving", "batched"]
 
-LAYOUTS: dict[str, Layout] = {"plain": plain.place, "triton": triton.place}
+LAYOUTS: dict[str, Layout] = {
+    "plain": plain.lay,
+    "triton": triton.lay,
+    "kserve": kserve.lay,
+    "oci": triton.lay,
+}
+"""`oci` holds a Triton repository, its files as blobs (see `layouts/oci.py`)."""

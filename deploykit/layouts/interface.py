@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from pydantic import Field, field_validator
 
-from deploykit.values import Artifact, TensorSpec, Value
+from deploykit.values import Artifact, Feed, TensorSpec, Value
 
 
 class Serving(Value):
@@ -39,29 +40,54 @@ class Serving(Value):
     max_queue_size: int = Field(
         default=256, ge=1, description="triton: waiting requests beyond which new ones are refused"
     )
+    queue_timeout_us: int = Field(
+        default=1_000_000,
+        ge=0,
+        description="triton: microseconds after which a waiting request is refused, 0 for never",
+    )
+    storage_uri: str = Field(
+        default="", description="kserve: where the bundle will lie, such as pvc://models/net"
+    )
 
     @field_validator("name")
     @classmethod
     def _not_a_file(cls, name: str) -> str:
-        if name.endswith((".json", ".npz")):
-            raise ValueError("must not end like a file of the bundle (.json, .npz)")
+        if name.endswith((".json", ".npz", ".yaml")):
+            raise ValueError("must not end like a file of the bundle (.json, .npz, .yaml)")
         return name
 
 
-class Placed(Value):
-    """Where the model goes in the bundle, and the text files that the layout adds."""
+class Member(Value):
+    """A model of a bundle."""
 
-    model: str
-    texts: dict[str, str] = {}
+    artifact: Artifact
+    backend: str
+    label: str
+    """Tells it apart from the first model of the bundle, which has none."""
+    machine: str | None = None
+    """The architecture that it needs, `x86_64`; None for any."""
+    cpu_features_any: tuple[str, ...] = ()
+    """One of these is needed."""
+    gpus: tuple[str, ...] = ()
+    """Compute capabilities that it was built for."""
+
+
+class Laid(Value):
+    """Where each model goes in the bundle, and the files that the layout adds."""
+
+    models: tuple[str, ...]
+    configs: tuple[str | None, ...]
+    """The configuration that serves each model."""
+    files: dict[str, bytes] = {}
 
 
 class Layout(Protocol):
     """A way to lay out the models of a bundle. Paths are relative to the bundle, with `/`."""
 
-    def __call__(self, artifact: Artifact, *, backend: str, label: str, serving: Serving) -> Placed:
-        """Place one model; `label` tells it apart from the others of the bundle, if there are any.
+    def __call__(self, members: Sequence[Member], serving: Serving, feed: Feed) -> Laid:
+        """Lay out the models; `feed` holds golden samples, each input's first axis the sample.
 
-        Raises UsageError: this layout cannot serve the model on the backend.
+        Raises UsageError: this layout cannot serve a model on its backend.
         """
 
 

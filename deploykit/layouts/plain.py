@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from deploykit.layouts.interface import Placed, Serving
-from deploykit.values import Artifact
+from collections.abc import Sequence
+
+from deploykit.layouts.interface import Laid, Member, Serving
+from deploykit.values import Feed
 
 
-def place(artifact: Artifact, *, backend: str, label: str, serving: Serving) -> Placed:
-    """Place a model; nothing else is written."""
-    del backend, serving
-    suffix = "onnx" if artifact.format == "onnx" else "engine"
-    return Placed(model=f"model{label}.{suffix}")
+def lay(members: Sequence[Member], serving: Serving, feed: Feed) -> Laid:
+    """Place the models; nothing else is written."""
+    del serving, feed
+    suffix = {"onnx": "onnx", "engine": "engine"}
+    models = [f"model{m.label}.{suffix[m.artifact.format]}" for m in members]
+    return Laid(models=tuple(models), configs=(None,) * len(models))

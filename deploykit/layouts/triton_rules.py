@@ -33,11 +33,24 @@ class Served(Value):
     outputs: tuple[TensorSpec, ...]
     batched: bool
     """Whether the first axis of every tensor is the dynamic batch."""
+    plans: dict[str, str] = {}
+    """Compute capability (`9.0`) to file name, where there is one plan for each GPU."""
+
+
+FIELDS = frozenset({
+    "name", "platform", "backend", "default_model_filename", "version_policy", "max_batch_size",
+    "input", "output", "instance_group", "dynamic_batching", "model_warmup", "cc_model_filenames",
+    "parameters",
+})  # fmt: skip
+"""What a configuration of a bundle has; others load libraries, ensembles, agents, caches."""
+PARAMETERS = ("intra_op_thread_count", "inter_op_thread_count")
 
 
 def problems(config: Any, served: Served) -> list[str]:
     """Everything that is wrong, in the order of the rules; empty for a sound configuration."""
-    rules = (_identity, _versions, _batch_size, _tensors, _batching, _instances, _parameters)
+    rules = (
+        _identity, _versions, _batch_size, _tensors, _batching, _instances, _parameters, _warmups,
+    )  # fmt: skip
     return list(chain.from_iterable(rule(config, served) for rule in rules))
 
 
@@ -49,6 +62,9 @@ def dims(spec: TensorSpec, *, batched: bool) -> list[int]:
 
 def _identity(config: Any, served: Served) -> Iterator[str]:
     runtime = served.runtime
+    for field, _ in config.ListFields():
+        if field.name not in FIELDS:
+            yield f"{field.name} is not part of a bundle"
     for key, want in (
         ("name", served.name),
         ("platform", runtime.platform),
@@ -57,6 +73,8 @@ def _identity(config: Any, served: Served) -> Iterator[str]:
     ):
         if (have := getattr(config, key)) != want:
             yield f"{key} is {have!r}, not {want!r}"
+    if (plans := dict(config.cc_model_filenames)) != served.plans:
+        yield f"cc_model_filenames are {plans}, not {served.plans}"
 
 
 def _versions(config: Any, served: Served) -> Iterator[str]:
@@ -110,17 +128,32 @@ def _tensor(what: str, tensor: Any, spec: TensorSpec, *, batched: bool) -> Itera
 def _batching(config: Any, served: Served) -> Iterator[str]:
     del served
     if not config.HasField("dynamic_batching"):
-        if config.max_batch_size > 0:
-            yield "dynamic_batching is missing: without its queue limit an overload never ends"
+        yield "dynamic_batching is missing: without its queue limit an overload never ends"
         return
     batching = config.dynamic_batching
-    if config.max_batch_size <= 0:
-        yield "dynamic_batching needs a max_batch_size above 0"
     for size in batching.preferred_batch_size:
         if not 0 < size <= config.max_batch_size:
             yield f"preferred_batch_size {size} is not in 1..{config.max_batch_size}"
     if batching.default_queue_policy.max_queue_size < 1:
         yield "max_queue_size is not set: an overload would never end"
+
+
+def _warmups(config: Any, served: Served) -> Iterator[str]:
+    specs = {spec.name: spec for spec in served.inputs}
+    for warmup in config.model_warmup:
+        what = f"model_warmup {warmup.name!r}"
+        if not 1 <= warmup.batch_size <= max(config.max_batch_size, 1):
+            yield f"{what}: batch_size {warmup.batch_size} is not in 1..{config.max_batch_size}"
+        if set(warmup.inputs) != set(specs):
+            yield f"{what}: inputs are {sorted(warmup.inputs)}, the model has {sorted(specs)}"
+            continue
+        for name, data in warmup.inputs.items():
+            want = dims(specs[name], batched=config.max_batch_size > 0) or [1]
+            fits = len(want) == len(data.dims) and all(
+                w in (-1, h) and h > 0 for w, h in zip(want, data.dims, strict=True)
+            )
+            if not fits:
+                yield f"{what}: {name!r} has dims {list(data.dims)}, the model has {want}"
 
 
 def _instances(config: Any, served: Served) -> Iterator[str]:
@@ -136,10 +169,9 @@ def _instances(config: Any, served: Served) -> Iterator[str]:
 
 def _parameters(config: Any, served: Served) -> Iterator[str]:
     del served
-    accelerators = config.optimization.execution_accelerators
-    if accelerators.gpu_execution_accelerator or accelerators.cpu_execution_accelerator:
-        yield "execution_accelerators are not part of a bundle"
-    for name in ("intra_op_thread_count", "inter_op_thread_count"):
+    for name in sorted(set(config.parameters) - set(PARAMETERS)):
+        yield f"parameter {name} is not part of a bundle"
+    for name in PARAMETERS:
         value = config.parameters[name].string_value if name in config.parameters else "1"
         if not value.isdecimal() or int(value) < 1:
             yield f"parameter {name} is {value!r}, not a number from 1"

@@ -28,10 +28,10 @@ def table(damage: Sequence[Json], probe: Json) -> list[str]:
         return []
     whole = f" ({probe['sqnr_db']:.1f} with all)" if probe else ""
     return [
-        "what each node costs, worst first: signal to noise of the outputs in dB with it alone in",
-        f"INT8, their cosine, dB with all but it in INT8{whole},",
-        "its time in the runtime's profile of the float and of the INT8 model, one thread:",
-        "   alone   cosine  without  float us  INT8 us",
+        "what each node costs, worst first: signal to noise of the outputs in dB with it alone",
+        f"quantized, their cosine, dB with all but it quantized{whole},",
+        "its time in the runtime's profile of the float and of the quantized model, one thread:",
+        "   alone   cosine  without  float us quantized us",
         *(_line(row) for row in damage[:LISTED]),
     ]
 
@@ -42,7 +42,7 @@ def _line(row: Json) -> str:
         _number(row.get("cosine"), 9, 5),
         _number(row.get("sqnr_db_if_float"), 9, 1),
         _number(row.get("float_us"), 10, 1),
-        _number(row.get("int8_us"), 9, 1),
+        _number(row.get("quantized_us"), 13, 1),
     )
     return f"{''.join(numbers)}  {row['operator']} {row['node']}"
 
@@ -63,7 +63,7 @@ def gain(kept: Json) -> str:
     share = f" ({kept['multiply_accumulates'] / total:.1%} of the quantized ones)" if total else ""
     time = ""
     if kept["extra_us"] is not None:
-        time = f", about {kept['extra_us']:+.0f} us of {kept['int8_us']:.0f}"
+        time = f", about {kept['extra_us']:+.0f} us of {kept['quantized_us']:.0f}"
     return (
         f"{pattern}: {len(nodes)} node{'s' if len(nodes) > 1 else ''} in float, "
         f"{kept['sqnr_db']:.1f} -> {much} ({what}), "
@@ -87,7 +87,7 @@ def plot(facts: Json, title: str, out: Path) -> None:
 
     search, in_float = facts["search"], {node["node"] for node in facts["float_nodes"]}
     rows = list(reversed(search["damage"][:DRAWN]))  # the first is drawn lowest
-    timed = any(row["float_us"] is not None or row["int8_us"] is not None for row in rows)
+    timed = any(row["float_us"] is not None or row["quantized_us"] is not None for row in rows)
     names = [_name(row) for row in rows]
     width = (9.5 if timed else 6.5) + 0.065 * max(map(len, names))
     figure = Figure(figsize=(width, 2.1 + 0.27 * len(rows)), layout="constrained")
@@ -117,13 +117,13 @@ def plot(facts: Json, title: str, out: Path) -> None:
 def _draw_noise(axes: Axes, rows: Sequence[Json], whole: float, in_float: Collection[str]) -> None:
     """Bars: the node alone; diamonds: all but the node; line: the whole model."""
     for kept, color, label in (
-        (False, BLUE, "this node alone in INT8"),
+        (False, BLUE, "this node alone quantized"),
         (True, GREY, "the same, for a node that was left in float"),
     ):
         here = [n for n, row in enumerate(rows) if (row["node"] in in_float) == kept]
         if here:
             axes.barh(here, [rows[n]["sqnr_db"] for n in here], 0.62, color=color, label=label)
-    axes.axvline(whole, color="black", lw=1.2, label=f"the INT8 model: {whole:.1f} dB")
+    axes.axvline(whole, color="black", lw=1.2, label=f"the quantized model: {whole:.1f} dB")
     _dots(axes, rows, lambda row: row["sqnr_db_if_float"])
     axes.set_xlabel("signal to noise of the outputs, dB (less is worse)")
     _finish(axes)
@@ -134,7 +134,7 @@ def _dots(axes: Axes, rows: Sequence[Json], value: Callable[[Json], float | None
     if known:
         axes.plot(
             *zip(*known, strict=True), "D", ms=4.5, color=ORANGE, mec="white", mew=0.6,
-            label="all but this node in INT8",
+            label="all but this node quantized",
         )  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def _draw_time(axes: Axes, rows: Sequence[Json]) -> None:
     """Two bars a node; none where the runtime tells no time for it."""
     for key, shift, color, label in (
         ("float_us", 0.18, GREY, "in the float model"),
-        ("int8_us", -0.18, BLUE, "in the INT8 model"),
+        ("quantized_us", -0.18, BLUE, "in the quantized model"),
     ):
         times = [row[key] or 0.0 for row in rows]
         axes.barh([n + shift for n in range(len(rows))], times, 0.34, color=color, label=label)

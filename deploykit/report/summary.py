@@ -169,7 +169,7 @@ def describe(artifact: Artifact) -> str:
     for key, text in (
         ("parameters_after", "{:,} parameters"),
         ("compute_nodes_quantized", "{} of {compute_nodes} compute nodes quantized"),
-        ("largest_relative_difference", "differs from PyTorch by {:.0e} of the largest output"),
+        ("largest_relative_difference", "differs from its source by {:.0e} of the largest output"),
     ):
         if key in facts:
             told.append(text.format(facts[key], **facts))
@@ -184,12 +184,22 @@ def describe(artifact: Artifact) -> str:
 def _choice(name: str, found: Json, preset: str) -> list[str]:
     """What was chosen, how near to the float model it is, and how fast where it will run."""
     near = f"{found['chosen']['sqnr_db']:.0f} dB to the float model"
-    told = [name, f"{near} on {found['held_back_samples']} samples"]
+    told = [name, f"{near} on {found['held_back_samples']} samples", *_kept(found)]
     if not preset.startswith(found["runtime"]):
         return told  # its time is another runtime's
     ratio = found["chosen"]["time_ratio"]
     told.append(f"{1 / ratio:.2f}x as fast on {found['runtime']}")
     return [*told, "NOT FASTER than the float model"] if ratio >= 1 else told
+
+
+def _kept(found: Json) -> list[str]:
+    """The promise and what became of it, where there was one."""
+    chosen, float_score = found["chosen"], found["float_score"]
+    if chosen["drop"] is None:
+        return []
+    lost = f"{chosen['drop']:.2g} lost of {found['max_drop']:.2g} allowed"
+    where = f"on {chosen['scored_samples']} samples"
+    return [f"{found['metric']} {chosen['score']:.4g}, was {float_score:.4g}: {lost} {where}"]
 
 
 def _ships(row: Row, summary: RunSummary) -> bool:

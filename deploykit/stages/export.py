@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from pydantic import Field
 
 from deploykit import store
-from deploykit._lazy import needs
 from deploykit.backends import open_session
 from deploykit.dataset import Dataset
 from deploykit.errors import AnswerIsNo, InputError, StageError
-from deploykit.formats import onnx_file, torch_folder
-from deploykit.metrics import differences
+from deploykit.formats import onnx_file, program_file, torch_folder, torch_module
+from deploykit.stages._export_deviation import first_deviation
+from deploykit.stages._export_program import capture, to_onnx
+from deploykit.stages._export_proof import Feeds, Mismatch, checks, prove
 from deploykit.store import Job, Made
-from deploykit.values import Array, Artifact, Difference, Feed, Json, TensorSpec, Value
+from deploykit.values import Array, Artifact, Dimension, Feed, Json, TensorSpec, Value
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.export import ExportedProgram
 
+Specs = tuple[TensorSpec, ...]
+Dimensions = tuple[Dimension, ...]
 LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
 
 
@@ -65,13 +64,29 @@ def export(
     bound = data.matching(source.inputs) if data else None
 
     def work(path: Path) -> Made:
+        inputs, dimensions = source.inputs, torch_folder.describe(source.path).every_dimension
+        if not options.dynamic_batch:
+            inputs, dimensions = _at_one(inputs, dimensions)
         module = torch_folder.load(source)
-        inputs = source.inputs if options.dynamic_batch else _fixed_batch(source.inputs)
-        _export(module, inputs, source.outputs, options.opset, path)
+        program = _program(module, source.path, inputs, dimensions)
+        decomposed = to_onnx(program, inputs, source.outputs, options.opset, path)
         made = _described(path, inputs)
+        feeds = Feeds(inputs, bound, source.path)
+        try:
+            proof = _proof(module, made, path, options, feeds, dimensions)
+        except Mismatch as error:
+            at = first_deviation(
+                module, decomposed, _artifact(made, path), error.feed, options.tolerance
+            )
+            raise AnswerIsNo(f"{error}; {at}", hint=error.hint) from error
+        facts = {
+            **made.facts,
+            "verified_on": Path(data.reference).name if data else "random inputs",
+            **proof,
+        }
         return made.model_copy(
             update={
-                "facts": {**made.facts, **_proof(module, made, path, options, bound)},
+                "facts": facts,
                 "preprocessing": bound.preprocessing if bound else None,
             }
         )
@@ -81,89 +96,22 @@ def export(
     return store.produce(job, work, out=out, force=force)
 
 
-PRIVATE = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node")
-"""What the exporter tells of a node that holds paths and internals."""
+def _at_one(inputs: Specs, dimensions: Dimensions) -> tuple[Specs, Dimensions]:
+    """Inputs of one sample, and the dimensions that stay dynamic."""
+    first = {spec.shape[0] for spec in inputs}
+    fixed = tuple(s.model_copy(update={"shape": (1, *s.shape[1:])}) for s in inputs)
+    return fixed, tuple(d for d in dimensions if d.name not in first)
 
 
-def _fixed_batch(inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    return tuple(s.model_copy(update={"shape": (1, *s.shape[1:])}) for s in inputs)
-
-
-def _export(
-    module: nn.Module,
-    inputs: tuple[TensorSpec, ...],
-    outputs: tuple[TensorSpec, ...],
-    opset: int,
-    path: Path,
-) -> None:
-    with needs("torch"):
-        import torch
-    with needs("onnxscript"):
-        import onnxscript  # noqa: F401 - the exporter imports it
-    dynamic = tuple(
-        {axis: name for axis, name in enumerate(spec.shape) if isinstance(name, str)}
-        for spec in inputs
-    )
-    example = torch_folder.examples(inputs, batch=2)
-    try:
-        with _quiet():
-            torch.onnx.export(
-                module,
-                example,
-                str(path),
-                input_names=[spec.name for spec in inputs],
-                output_names=[spec.name for spec in outputs],
-                opset_version=opset,
-                dynamo=True,
-                dynamic_shapes=dynamic if any(dynamic) else None,
-                external_data=False,
-                verbose=False,
-            )
-    except Exception as error:  # the exporter raises many kinds
-        raise StageError(
-            f"the exporter fails: {_reason(error)}",
-            hint="rewrite what it names, or export a part; --traceback shows all of it",
-        ) from error
-    _strip(path)
-
-
-def _strip(path: Path) -> None:
-    """Take out where on this machine the model's source lies: it goes to no server.
-
-    What says which module a node is from stays.
-    """
-    import onnx
-
-    model = onnx.load(path)
-    for part in (model.graph, *model.functions):
-        for node in part.node:
-            kept = [p for p in node.metadata_props if p.key not in PRIVATE]
-            if len(kept) < len(node.metadata_props):
-                del node.metadata_props[:]
-                node.metadata_props.extend(kept)
-    onnx.save(model, path)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter's warnings: its result is compared with the model instead."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost cause, in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+def _program(
+    module: nn.Module, folder: Path, inputs: Specs, dimensions: Dimensions
+) -> ExportedProgram:
+    if torch_folder.describe(folder).factory == torch_folder.PROGRAM:
+        return program_file.read(folder / torch_folder.PROGRAM)
+    # torch takes a size of 1 for a constant
+    sizes = {d.name: d.nearest(max(2, d.usual)) for d in dimensions}
+    example = torch_folder.probe(folder, inputs=inputs, sizes=sizes)
+    return capture(module, inputs, dimensions, example)
 
 
 def _described(path: Path, wanted: tuple[TensorSpec, ...]) -> Made:
@@ -199,42 +147,25 @@ def _same_dims(wanted: TensorSpec, have: TensorSpec) -> bool:
 
 
 def _proof(
-    module: nn.Module, made: Made, path: Path, options: ExportOptions, data: Dataset | None
+    module: nn.Module,
+    made: Made,
+    path: Path,
+    options: ExportOptions,
+    feeds: Feeds,
+    dimensions: Dimensions,
 ) -> Json:
-    """Facts of the comparison with PyTorch. Raises AnswerIsNo: beyond the tolerance."""
-    plain: dict[str, Any] = made.model_dump(include={"format", "precision", "inputs", "outputs"})
-    artifact = Artifact(path=path, sha256="", **plain)
-    sizes = options.verify_batch_sizes if options.dynamic_batch else (1,)
-    worst: list[Difference] = []
+    """Facts of the comparison with PyTorch. Raises Mismatch and others as `prove`."""
     names = [spec.name for spec in made.outputs]
-    with open_session(artifact, "ort-cpu") as session:
-        for size in sizes:
-            feed = _feed(made.inputs, size, data)
-            want = torch_folder.run(module, made.inputs, feed)
-            found = differences(dict(zip(names, want, strict=True)), session.run(feed))
-            worst.append(max(found, key=lambda d: d.max_relative))
-    for size, gap in zip(sizes, worst, strict=True):
-        if not gap.max_relative <= options.tolerance:  # also true for NaN
-            raise AnswerIsNo(
-                f"output {gap.output!r} differs from PyTorch at batch size {size}: "
-                f"{gap.max_relative:.2e} of its largest value, allowed {options.tolerance:.0e}",
-                hint="`deploykit compare` shows more; raise --tolerance only if that is enough",
-            )
-    return {
-        "verified_batch_sizes": list(sizes),
-        "verified_on": Path(data.reference).name if data else "random inputs",
-        "largest_relative_difference": max(gap.max_relative for gap in worst),
-    }
+
+    def reference(feed: Feed) -> dict[str, Array]:
+        found = torch_module.run(module, made.inputs, feed)
+        return dict(zip(names, found, strict=True))
+
+    todo = checks(made.inputs, dimensions, options.verify_batch_sizes)
+    with open_session(_artifact(made, path), "ort-cpu") as session:
+        return prove(reference, session, todo, feeds, options.tolerance)
 
 
-def _feed(inputs: tuple[TensorSpec, ...], size: int, data: Dataset | None) -> Feed:
-    if data is None:
-        tensors = torch_folder.examples(inputs, batch=size, seed=size)
-        return {s.name: t.numpy() for s, t in zip(inputs, tensors, strict=True)}
-    feed, _ = next(data.batches(size))
-    return {name: _padded(array, size) for name, array in feed.items()}
-
-
-def _padded(array: Array, size: int) -> Array:
-    """Repeat samples up to `size`, for data smaller than a batch."""
-    return array[np.arange(size) % len(array)]
+def _artifact(made: Made, path: Path) -> Artifact:
+    plain: dict[str, Any] = made.model_dump(include={"format", "precision", "inputs", "outputs"})
+    return Artifact(path=path, sha256="", **plain)

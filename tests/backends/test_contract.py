@@ -5,15 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from deploykit import gpu
 from deploykit.backends import BACKENDS, available, backend, open_session
 from deploykit.dataset import Dataset
 from deploykit.errors import InputError, MissingError, UsageError
 from deploykit.evaluation import collect
 from deploykit.session import Backend
+from deploykit.stages.build import BuildOptions, build
 from deploykit.values import Artifact, SessionOptions
 
 of_onnx = pytest.mark.parametrize(
@@ -23,9 +26,16 @@ each = pytest.mark.parametrize("runtime", BACKENDS, ids=lambda b: b.name)
 
 
 @pytest.fixture
-def model(runtime: Backend, teacher: Artifact, teacher_onnx: Artifact) -> Artifact:
+def model(runtime: Backend, teacher: Artifact, teacher_onnx: Artifact, tmp_path: Path) -> Artifact:
     if reason := runtime.unavailable():
         pytest.skip(reason)
+    if "engine" in runtime.formats:
+        shapes = {
+            f"{kind}_shapes": (f"images:{size}x1x28x28",)
+            for kind, size in (("min", 1), ("opt", 8), ("max", 256))
+        }
+        options = BuildOptions.model_validate({"flavour": runtime.name, **shapes})
+        return build(teacher_onnx, options, out=tmp_path / "teacher.engine")
     return teacher if "torch" in runtime.formats else teacher_onnx
 
 
@@ -53,7 +63,9 @@ def test_agrees_with_pytorch_on_real_data(
     assert (have.argmax(1) == want.argmax(1)).mean() > 0.97
 
 
-@pytest.mark.parametrize("name", [b.name for b in BACKENDS if b.name != "ort-cpu"])
+@pytest.mark.parametrize(
+    "name", [b.name for b in BACKENDS if b.name != "ort-cpu" and "engine" not in b.formats]
+)
 def test_the_others_refuse_to_simulate(
     name: str, teacher: Artifact, teacher_onnx: Artifact
 ) -> None:
@@ -99,7 +111,7 @@ def test_prepare_returns_something_to_call_many_times(
 def test_says_what_ran(runtime: Backend, model: Artifact, feed: dict[str, np.ndarray]) -> None:
     with runtime.open(model, SessionOptions()) as session:
         placement = session.placement(feed)
-    assert "CPU" in placement.provider
+    assert ("tensorrt" if "engine" in runtime.formats else "CPU") in placement.provider
     assert sum(placement.precisions.values()) >= 10
     assert set(placement.precisions) <= {"fp32", "bf16", "int8", "integer", "none"}
     assert placement.precisions.get("int8", 0) == 0  # nothing here is quantized
@@ -162,7 +174,8 @@ def test_says_why_it_is_unavailable(runtime: Backend) -> None:
         "import sys, importlib.abc\n"
         "class Hide(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('torch', 'onnxruntime', 'openvino'):\n"
+        "        if name.split('.')[0] in ('torch', 'onnxruntime', 'openvino') or "
+        "name.startswith('tensorrt'):\n"
         "            raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Hide())\n"
         "from deploykit.backends import backend\n"
@@ -202,8 +215,14 @@ def test_an_unknown_backend_is_told_what_was_meant() -> None:
     assert caught.value.hint == "did you mean 'ort-cpu'?"
 
 
-def test_nothing_runs_an_engine_yet_and_it_is_said(teacher_onnx: Artifact) -> None:
-    engine = teacher_onnx.model_copy(update={"format": "engine"})
+@pytest.mark.skipif(gpu.unavailable() is None, reason="there is a GPU")
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
+def test_an_engine_without_a_gpu_is_told_in_one_sentence(
+    teacher_onnx: Artifact, flavour: str
+) -> None:
+    record = teacher_onnx.history[-1].model_copy(update={"facts": {"flavour": flavour}})
+    engine = teacher_onnx.model_copy(update={"format": "engine", "history": (record,)})
     assert available("engine") == ()
-    with pytest.raises(MissingError, match="runs no engine models"):
+    with pytest.raises(MissingError, match=f"no backend for engine .* here \\({flavour}: ") as told:
         open_session(engine)
+    assert told.value.exit_code == 4

@@ -52,7 +52,7 @@ def test_the_shell_commands_check_the_files(bundle: Path):
     script = BLOCKS["sh"].replace("cd BUNDLE\n", "")
     sound = run(["bash", "-e", "-o", "pipefail"], script, bundle)
     assert sound.returncode == 0, sound.stderr
-    assert sound.stdout.split()[-1] == "7"
+    assert sound.stdout.split()[-1] == "9"
     (bundle / "evidence.json").write_text("{}")
     assert run(["bash", "-e", "-o", "pipefail"], script, bundle).returncode
 

@@ -18,7 +18,14 @@ def test_a_bundle_of_an_earlier_release_verifies(bundle: Path) -> None:
 
 
 def test_there_is_one_of_each_format() -> None:
-    assert [p.name for p in BUNDLES] == ["bundle-1"]
+    assert [p.name for p in BUNDLES] == ["bundle-1", "bundle-2"]
+
+
+def test_the_signature_of_an_earlier_release_verifies() -> None:
+    pytest.importorskip("model_signing", reason="model-signing is not installed: deploykit[sign]")
+    key = Path(__file__).with_name("golden_bundle_2.pub.pem")
+    bundle = ROOT / "tests" / "golden" / "bundle-2"
+    assert "signature is sound" in str(verify(bundle, public_key=key, min_version=2))
 
 
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda p: p.name)

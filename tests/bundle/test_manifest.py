@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -35,15 +35,16 @@ def bundles(draw: st.DrawFn) -> Bundle:
     names = draw(st.lists(paths, min_size=4, max_size=8, unique_by=str.casefold))
     names = [name for name in names if name.casefold() != "manifest.json"]
     model, record, inputs, outputs, *others = (*names, *"wxyz")[: max(4, len(names))]
+    kind: Literal["onnx", "engine"] = draw(st.sampled_from(["onnx", "engine"]))
+    model += ".onnx" if kind == "onnx" else ".plan"
     roles = {model: "model", record: "record", inputs: "golden", outputs: "golden"}
     spec = TensorSpec(name=draw(texts), dtype="float32", shape=("batch", draw(st.integers(0))))
-    kind = draw(st.sampled_from(["onnx", "engine"]))
     runs = kind == "onnx" or draw(st.booleans())
     engine = Engine(
         path=model,
         record=record,
         format=kind,
-        native_code=draw(st.booleans()),
+        native_code=kind == "engine",
         precision="int8",
         backend=draw(texts),
         inputs=(spec,),
@@ -67,6 +68,7 @@ def bundles(draw: st.DrawFn) -> Bundle:
         no_golden=None if runs else draw(texts),
     )
     return Bundle(
+        schema="deploykit.bundle/1" if kind == "engine" else "deploykit.bundle/2",
         name=draw(texts),
         version=draw(st.integers(1)),
         created=draw(texts),
@@ -146,10 +148,10 @@ def test_missing(bundle: Path):
 
 
 def test_a_later_schema(bundle: Path, edit: Change):
-    edit(lambda m: m.update(schema="deploykit.bundle/2"))
+    edit(lambda m: m.update(schema="deploykit.bundle/3"))
     text = refused(bundle)
-    assert "'deploykit.bundle/2'" in text
-    assert "reads deploykit.bundle/1" in text
+    assert "'deploykit.bundle/3'" in text
+    assert "reads deploykit.bundle/1 and deploykit.bundle/2" in text
 
 
 def test_an_unknown_key_at_any_depth(bundle: Path, edit: Change):
@@ -188,7 +190,7 @@ def test_a_path_listed_twice_but_for_case(bundle: Path, edit: Change):
 
 def test_a_manifest_that_lists_itself(bundle: Path, edit: Change):
     edit(lambda m: m["files"].append({**m["files"][0], "path": "manifest.json"}))
-    assert "lists itself" in refused(bundle)
+    assert "no manifest lists" in refused(bundle)
 
 
 def test_no_engines(bundle: Path, edit: Change):
@@ -199,6 +201,34 @@ def test_no_engines(bundle: Path, edit: Change):
 def test_neither_golden_outputs_nor_a_reason(bundle: Path, edit: Change):
     edit(lambda m: m["engines"][0].update(golden=None))
     assert "golden outputs, or the reason" in refused(bundle)
+
+
+def test_native_code_that_is_told_to_be_none(bundle: Path, edit: Change):
+    edit(lambda m: m["engines"][0].update(native_code=True))
+    assert "native_code is True for the format onnx" in refused(bundle)
+
+
+def test_an_onnx_model_told_to_be_an_engine(bundle: Path, edit: Change):
+    edit(
+        lambda m: m["engines"][0].update(
+            format="engine", native_code=True, golden=None, no_golden="not run"
+        )
+    )
+    assert "its name is not one of the format engine" in refused(bundle)
+
+
+def test_native_code_without_a_portable_model(bundle: Path, edit: Change):
+    path = "net/3/model.plan"
+    (bundle / "net/3/model.onnx").rename(bundle / path)
+    edit(
+        lambda m: (
+            m["engines"][0].update(
+                path=path, format="engine", native_code=True, golden=None, no_golden="not run"
+            ),
+            [f.update(path=path) for f in m["files"] if f["role"] == "model"],
+        )
+    )
+    assert "without a portable ONNX model beside it" in refused(bundle)
 
 
 def test_a_torch_model_is_never_built_from_a_bundle(bundle: Path, edit: Change):

@@ -31,6 +31,7 @@ def test_a_plain_bundle_has_these_files_and_verifies(
         [PackagedModel(linear, "ort-cpu")], PLAIN, out=out, data=data, evidence={"top1": {"n": 1}}
     )
     assert _files.tree(out) == [
+        "bom.cdx.json",
         "evidence.json",
         "golden_inputs.npz",
         "golden_outputs.npz",
@@ -39,6 +40,7 @@ def test_a_plain_bundle_has_these_files_and_verifies(
         "model.onnx.record.json",
     ]
     assert {entry.path: entry.role for entry in made.files} == {
+        "bom.cdx.json": "bom",
         "evidence.json": "evidence",
         "golden_inputs.npz": "golden",
         "golden_outputs.npz": "golden",
@@ -53,7 +55,7 @@ def test_a_plain_bundle_has_these_files_and_verifies(
 
 def test_a_triton_bundle_has_no_folder_but_the_model(sound: Path):
     assert [path.name for path in sound.iterdir() if path.is_dir()] == ["net"]
-    assert _files.tree(sound / "net") == ["3/model.onnx", "config.pbtxt"]
+    assert _files.tree(sound / "net") == ["3/model.onnx", "config.pbtxt", "warmup/input_0"]
     roles = {entry.path: entry.role for entry in manifest.read(sound).files}
     assert roles["net/config.pbtxt"] == "config"
     assert roles["net/3/model.onnx"] == "model"
@@ -99,14 +101,15 @@ def test_packaging_twice_differs_in_the_time_only(linear: Artifact, data: Datase
     one, two = (
         package([(linear, "ort-cpu")], PLAIN, out=tmp_path / name, data=data) for name in "ab"
     )
-    assert one.files == two.files
+    files = [[f for f in made.files if f.role != "bom"] for made in (one, two)]
+    assert files[0] == files[1]
 
 
 def test_several_models_are_told_apart(linear: Artifact, data: Dataset, tmp_path: Path):
     models = [(linear, "openvino"), (linear, "ort-cpu")]
     made = package(models, PLAIN, out=tmp_path / "bundle", data=data)
     assert [engine.path for engine in made.engines] == [
-        "model-fp32-openvino.onnx",
+        "model.onnx",
         "model-fp32-ort-cpu.onnx",
     ]
     assert [check.backend for check in verify(tmp_path / "bundle").engines] == [
@@ -133,15 +136,32 @@ def test_a_fixed_batch_is_filled_with_the_last_sample(data: Dataset, tmp_path: P
 
 
 def test_an_engine_is_packed_with_what_it_requires_and_no_golden_outputs(
-    data: Dataset, tmp_path: Path
+    linear: Artifact, data: Dataset, tmp_path: Path
 ):
     engine = save_engine(tmp_path / "m.engine")
-    made = package([(engine, "tensorrt")], PLAIN, out=tmp_path / "bundle", data=data).engines[0]
+    models = [(engine, "tensorrt"), (linear, "ort-cpu")]
+    made, portable = package(models, PLAIN, out=tmp_path / "bundle", data=data).engines
+    assert (portable.path, portable.native_code) == ("model-fp32-ort-cpu.onnx", False)
     assert (made.path, made.native_code, made.golden) == ("model.engine", True, None)
-    assert made.no_golden == "this version of deploykit runs no engine models"
+    assert made.no_golden == golden.no_runner("engine")
     assert (made.requires.version, made.requires.match) == ("11.4.0.106", "exactly")
     assert made.requires.machine is not None
     assert made.requires.gpus == ("sm90",)
+
+
+def test_native_code_alone_is_refused(data: Dataset, tmp_path: Path):
+    engine = save_engine(tmp_path / "m.engine")
+    with pytest.raises(UsageError, match="needs a portable ONNX model beside it"):
+        package([(engine, "tensorrt")], PLAIN, out=tmp_path / "bundle", data=data)
+
+
+def test_a_model_of_other_tensors_cannot_stand_in(data: Dataset, linear: Artifact, tmp_path: Path):
+    other = save_int8(tmp_path / "other.onnx", largest_weight=9)
+    renamed = other.model_copy(update={"outputs": linear.outputs, "inputs": ()})
+    with pytest.raises(UsageError, match="cannot stand in"):
+        package(
+            [(linear, "ort-cpu"), (renamed, "openvino")], PLAIN, out=tmp_path / "bundle", data=data
+        )
 
 
 def test_an_engine_without_history_is_refused(data: Dataset, tmp_path: Path):

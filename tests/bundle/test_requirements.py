@@ -14,11 +14,13 @@ from deploykit.bundle import Requirements
 from deploykit.bundle.requirements import RUNTIMES, mismatches, requirements
 from deploykit.errors import InputError, UsageError
 from deploykit.formats import open_model
+from deploykit.gpu import Gpu
 from deploykit.values import Artifact
 from tests.bundle.small_models import save, save_engine, save_int8, save_linear
 
 HERE = environment.read()
 VNNI = HERE.model_copy(update={"cpu_features": ("avx2", "avx512_vnni")})
+HOPPER = Gpu(name="H100", compute_capability="sm90", memory_bytes=1)
 AVX2 = HERE.model_copy(update={"cpu_features": ("avx2",)})
 
 
@@ -76,7 +78,7 @@ class TestDotProduct:
 
 def test_native_code_requires_its_system_and_version(tmp_path: Path):
     requires = requirements(save_engine(tmp_path / "m.engine"), "tensorrt", HERE)
-    host = HERE.model_copy(update={"libraries": {"tensorrt": "11.4.0.106"}})
+    host = HERE.model_copy(update={"libraries": {"tensorrt": "11.4.0.106"}, "gpus": (HOPPER,)})
     assert mismatches(requires, host) == []
     assert mismatches(requires, host.model_copy(update={"machine": "aarch64"}))
     assert mismatches(requires, host.model_copy(update={"system": "Windows 11"}))
@@ -84,6 +86,56 @@ def test_native_code_requires_its_system_and_version(tmp_path: Path):
     assert mismatches(requires, newer) == [
         "tensorrt exactly 11.4.0.106 required, tensorrt 11.4.0.107 found"
     ]
+
+
+@pytest.mark.parametrize(
+    ("built_for", "capability", "fits"),
+    [
+        (("sm90",), "sm90", True),
+        (("sm90",), "sm89", False),
+        (("sm90",), "sm100", False),
+        (("sm89", "sm90"), "sm90", True),
+        (("sm80+",), "sm120", True),
+        (("sm80+",), "sm75", False),
+    ],
+)
+def test_native_code_requires_its_gpu(built_for: tuple[str, ...], capability: str, fits: bool):
+    required = Requirements(runtimes=("t",), version="1", match="exactly", gpus=built_for)
+    gpu = HOPPER.model_copy(update={"compute_capability": capability})
+    host = HERE.model_copy(update={"libraries": {"t": "1"}, "gpus": (gpu,)})
+    assert (mismatches(required, host) == []) == fits
+    assert mismatches(required, host.model_copy(update={"gpus": ()}))
+    mixed = host.model_copy(
+        update={"gpus": (gpu, gpu.model_copy(update={"compute_capability": "sm70"}))}
+    )
+    assert mismatches(required, mixed), "a server may put the model on any of its GPUs"
+
+
+@pytest.mark.parametrize(("have", "fits"), [(None, False), ("560.9", False), ("570.1", True)])
+def test_an_older_driver_is_told(have: str | None, fits: bool):
+    required = Requirements(runtimes=("t",), version="1", match="exactly", driver="570.1")
+    host = HERE.model_copy(update={"libraries": {"t": "1"}, "driver": have})
+    assert (mismatches(required, host) == []) == fits
+
+
+def test_an_engine_for_its_own_machines_gpu_is_for_this_one(tmp_path: Path):
+    engine = save_engine(tmp_path / "m.engine")
+    facts = {**engine.facts, "compute_capabilities": ["this machine's"]}
+    record = engine.history[0].model_copy(update={"facts": facts})
+    engine = engine.model_copy(update={"history": (record,)})
+    with pytest.raises(InputError, match="for which GPU it was built"):
+        requirements(engine, "tensorrt", HERE.model_copy(update={"gpus": ()}))
+    host = HERE.model_copy(update={"gpus": (HOPPER, HOPPER), "driver": "570.1"})
+    found = requirements(engine, "tensorrt", host)
+    assert (found.gpus, found.driver) == (("sm90",), "570.1")
+
+
+def test_a_portable_engine_is_for_newer_gpus_too(tmp_path: Path):
+    engine = save_engine(tmp_path / "m.engine", flavour="tensorrt-rtx")
+    facts = {**engine.facts, "compute_capabilities": ["portable, sm80 and newer"]}
+    record = engine.history[0].model_copy(update={"facts": facts})
+    engine = engine.model_copy(update={"history": (record,)})
+    assert requirements(engine, "tensorrt-rtx", HERE).gpus == ("sm80+",)
 
 
 def test_an_engine_of_another_flavour_is_refused(tmp_path: Path):

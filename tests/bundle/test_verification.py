@@ -14,6 +14,8 @@ from deploykit import _files, environment
 from deploykit.bundle import BundleError, PackageOptions, golden, package, verify
 from deploykit.dataset import Dataset
 from deploykit.errors import AnswerIsNo, InputError, IntegrityError, MissingError
+from deploykit.gpu import Gpu
+from deploykit.values import Artifact
 from tests.bundle.small_models import save_engine, save_linear
 
 Change = Callable[[Callable[[dict[str, Any]], object]], None]
@@ -41,13 +43,13 @@ def relist(bundle: Path, path: str) -> None:
 
 def test_a_sound_bundle(sound: Path):
     found = verify(sound)
-    assert (found.name, found.version, found.layout, found.files) == ("net", 3, "triton", 7)
+    assert (found.name, found.version, found.layout, found.files) == ("net", 3, "triton", 9)
     assert found.size_bytes == sum(
         (sound / name).stat().st_size for name in _files.tree(sound) if name != "manifest.json"
     )
     assert found.golden_max_error == 0.0
     assert [check.golden_not_run for check in found.engines] == [None]
-    assert len(found.checks) == 4
+    assert len(found.checks) == 5
 
 
 def test_an_onnx_engine_cannot_be_excused_from_its_golden_outputs(edit: Change, bundle: Path):
@@ -146,7 +148,7 @@ class TestFiles:
         assert verify(bundle)
 
     def test_a_name_that_is_no_text(self, bundle: Path):
-        os.close(os.open(os.fsencode(bundle) + b"/\xff\n", os.O_CREAT))
+        os.close(os.open(os.fsencode(bundle) + b"/\xff\n", os.O_CREAT, 0o600))
         assert problems(bundle) == (r"'\udcff\n' is not in the manifest",)
 
     def test_all_problems_are_told_at_once(self, bundle: Path):
@@ -204,7 +206,9 @@ class TestMachine:
     def test_files_come_before_the_machine(self, edit: Change, bundle: Path):
         edit(lambda m: m["engines"][0]["requires"].update(version="99.1"))
         (bundle / "extra").write_text("?")
-        assert problems(bundle) == ("'extra' is not in the manifest",)
+        extra, machine = problems(bundle)
+        assert extra == "'extra' is not in the manifest"
+        assert "onnxruntime-gpu at least 99.1 required" in machine
 
 
 class TestGolden:
@@ -274,15 +278,20 @@ class TestGolden:
             verify(bundle)
 
 
-def test_an_engine_that_nothing_here_runs_is_told(data: Dataset, tmp_path: Path):
+def test_an_engine_that_nothing_here_runs_is_told(linear: Artifact, data: Dataset, tmp_path: Path):
     engine = save_engine(tmp_path / "m.engine")
     out = tmp_path / "bundle"
-    package([(engine, "tensorrt")], PackageOptions(), out=out, data=data)
+    models = [(engine, "tensorrt"), (linear, "ort-cpu")]
+    package(models, PackageOptions(), out=out, data=data)
     with pytest.raises(MissingError, match=r"tensorrt exactly 11\.4\.0\.106 required, none found"):
         verify(out, environment=HERE.model_copy(update={"libraries": {}}))
-    gpu_host = HERE.model_copy(update={"libraries": {"tensorrt": "11.4.0.106"}})
+    hopper = Gpu(name="H100", compute_capability="sm90", memory_bytes=1)
+    libraries = {**HERE.libraries, "tensorrt": "11.4.0.106"}
+    gpu_host = HERE.model_copy(update={"libraries": libraries, "gpus": (hopper,)})
+    no_gpu = gpu_host.model_copy(update={"gpus": ()})
+    with pytest.raises(MissingError, match="GPU sm90 required, no GPU found"):
+        verify(out, environment=no_gpu)
     found = verify(out, environment=gpu_host)
-    assert found.golden_max_error is None
-    assert found.engines[0].golden_not_run == "this version of deploykit runs no engine models"
-    assert "its GPU is not checked (built for sm90)" in found.checks[-2]
-    assert "golden inputs not run" in found.checks[-1]
+    assert found.engines[0].golden_not_run == golden.no_runner("engine")
+    assert "golden inputs not run" in found.checks[-2]
+    assert "within tolerance" in found.checks[-1]

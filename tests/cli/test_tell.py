@@ -52,7 +52,7 @@ def test_json_has_it_all(deploykit: Command, int8: Path, tmp_path: Path) -> None
     assert document["keep_float"][0]["sqnr_db_if_float"] == row["sqnr_db_if_float"]
     assert set(row) == {
         "node", "operator", "sqnr_db", "cosine", "multiply_accumulates", "sqnr_db_if_float",
-        "float_us", "int8_us", "modules",
+        "float_us", "quantized_us", "modules",
     }  # fmt: skip
     assert document["plot"] == str(tmp_path / "p.svg")
     assert "keep_float" not in json.loads(deploykit("inspect", int8, "--json").out)

@@ -18,7 +18,7 @@ from torch import nn
 
 from deploykit import store
 from deploykit.errors import InputError, StageError
-from deploykit.formats import open_model, torch_folder
+from deploykit.formats import checkpoint, open_model, torch_folder, torch_module
 from deploykit.formats.torch_folder import Description
 from deploykit.stages.take import TakeOptions, take
 from deploykit.values import Artifact, TensorSpec
@@ -118,7 +118,7 @@ def factory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(factory: Path, name: str, **arguments: Any) -> nn.Module:
     """A model with other weights, buffers and statistics than its factory gives."""
     torch.manual_seed(7)
-    module = torch_folder.construct(f"{factory}:{name}", arguments)
+    module = torch_module.construct(f"{factory}:{name}", arguments)
     for tensor in module.state_dict(keep_vars=True).values():
         if tensor.is_floating_point():
             nn.init.uniform_(tensor, 0.5, 1.5)
@@ -141,8 +141,8 @@ def written(module: nn.Module, factory: Path, folder: Path, description: Descrip
 
 def outputs(module: nn.Module, spec: TensorSpec) -> tuple[torch.Tensor, ...]:
     with torch.inference_mode():
-        probe = torch_folder.examples((spec,), batch=5, seed=3)
-        return torch_folder.output_tensors(module.eval()(*probe))
+        probe = torch_module.examples((spec,), batch=5, seed=3)
+        return torch_module.output_tensors(module.eval()(*probe))
 
 
 # --- there and back
@@ -366,12 +366,12 @@ def test_a_bad_factory_is_refused(
     factory: Path, name: str, arguments: dict[str, Any], facts: list[str], hint: str
 ) -> None:
     with refused(InputError, factory, *facts, hint=hint):
-        torch_folder.construct(f"{factory}:{name}", arguments)
+        torch_module.construct(f"{factory}:{name}", arguments)
 
 
 def test_a_factory_that_is_not_there_is_named(tmp_path: Path) -> None:
     with refused(InputError, tmp_path / "no.py", "no such file", hint="path/to/file.py:function"):
-        torch_folder.construct(f"{tmp_path / 'no.py'}:make", {})
+        torch_module.construct(f"{tmp_path / 'no.py'}:make", {})
 
 
 # --- checkpoints
@@ -398,7 +398,7 @@ def test_a_state_dict_is_loaded(tmp_path: Path, name: str, wrap: Callable[[Any],
     state = {key: tensor.clone() for key, tensor in STATE.items()}
     safe = name.endswith(".safetensors")
     module = linear()
-    torch_folder.load_weights(module, saved(tmp_path / name, state if safe else wrap(state)))
+    checkpoint.load_weights(module, saved(tmp_path / name, state if safe else wrap(state)))
     assert all(torch.equal(module.state_dict()[key], STATE[key]) for key in STATE)
 
 
@@ -406,10 +406,10 @@ def test_a_state_dict_is_loaded(tmp_path: Path, name: str, wrap: Callable[[Any],
 def test_a_shared_weight_may_come_under_either_name_or_both(
     factory: Path, tmp_path: Path, kept: str | None
 ) -> None:
-    source, module = built(factory, "Tied"), torch_folder.construct(f"{factory}:Tied", {})
+    source, module = built(factory, "Tied"), torch_module.construct(f"{factory}:Tied", {})
     state = {k: v for k, v in source.state_dict().items() if kept in (None, k) or "bias" in k}
     assert len(state) == (4 if kept is None else 3)
-    torch_folder.load_weights(module, saved(tmp_path / "w.pt", state))
+    checkpoint.load_weights(module, saved(tmp_path / "w.pt", state))
     assert all(torch.equal(v, source.state_dict()[k]) for k, v in module.state_dict().items())
 
 
@@ -437,7 +437,7 @@ def test_a_checkpoint_of_another_or_a_broken_model_is_refused(
 ) -> None:
     path = saved(tmp_path / name, state)
     with refused(InputError, path, *facts, hint=hint):
-        torch_folder.load_weights(linear(), path)
+        checkpoint.load_weights(linear(), path)
 
 
 @pytest.mark.parametrize(
@@ -455,7 +455,7 @@ def test_a_checkpoint_of_another_or_a_broken_model_is_refused(
 def test_what_is_no_state_dict_is_refused(tmp_path: Path, state: Any) -> None:
     path = saved(tmp_path / "w.pt", state)
     with refused(InputError, path, "not a state dict of tensors", hint="nothing else"):
-        torch_folder.load_weights(linear(), path)
+        checkpoint.load_weights(linear(), path)
 
 
 class Payload:
@@ -484,7 +484,7 @@ def test_a_pickle_is_never_run(tmp_path: Path, name: str, how: str) -> None:
     else:
         torch.save({**STATE, "evil": payload}, path, _use_new_zipfile_serialization=False)
     with refused(InputError, path, hint=""):
-        torch_folder.load_weights(linear(), path)
+        checkpoint.load_weights(linear(), path)
     assert not marker.exists()
 
 
@@ -498,20 +498,20 @@ def test_a_whole_module_is_refused(tmp_path: Path) -> None:
     with refused(
         InputError, tmp_path / "w.pt", "no plain state dict", hint="pickles are never run"
     ):
-        torch_folder.load_weights(linear(), tmp_path / "w.pt")
+        checkpoint.load_weights(linear(), tmp_path / "w.pt")
 
 
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "no.safetensors", tmp_path):
         with refused(InputError, path, "no such checkpoint", hint="--weights"):
-            torch_folder.load_weights(linear(), path)
+            checkpoint.load_weights(linear(), path)
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
 def test_an_empty_file_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
     with refused(InputError, tmp_path / name, hint="save"):
-        torch_folder.load_weights(linear(), tmp_path / name)
+        checkpoint.load_weights(linear(), tmp_path / name)
 
 
 @settings(max_examples=100)
@@ -524,7 +524,7 @@ def test_a_damaged_checkpoint_is_refused_or_whole(
     damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= data.draw(st.integers(1, 255))
     path.write_bytes(damaged[: data.draw(st.just(len(damaged)) | st.integers(0, len(damaged)))])
     with fine_or_refused(path):
-        torch_folder.load_weights(linear(), path)
+        checkpoint.load_weights(linear(), path)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
@@ -533,7 +533,7 @@ def test_a_truncated_safetensors_is_refused(tmp_path: Path, share: float) -> Non
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
     with refused(InputError, path, "not a safetensors file", hint="save it again"):
-        torch_folder.load_weights(linear(), path)
+        checkpoint.load_weights(linear(), path)
 
 
 # --- examples and outputs
@@ -545,11 +545,11 @@ def test_examples_fit_what_the_model_takes() -> None:
         TensorSpec(name="b", dtype="int64", shape=("batch", 100)),
         TensorSpec(name="c", dtype="bool", shape=(4, 5)),
     )
-    a, b, c = torch_folder.examples(specs, batch=2)
+    a, b, c = torch_module.examples(specs, batch=2)
     assert [tuple(t.shape) for t in (a, b, c)] == [(2, 3, 1), (2, 100), (4, 5)]
     assert [s.misfit(t.numpy()) for s, t in zip(specs, (a, b, c), strict=True)] == [None] * 3
     assert set(b.unique().tolist()) == {0, 1}
-    same, other = (torch_folder.examples(specs, batch=2, seed=s)[0] for s in (0, 1))
+    same, other = (torch_module.examples(specs, batch=2, seed=s)[0] for s in (0, 1))
     assert torch.equal(a, same)
     assert not torch.equal(a, other)
 
@@ -562,15 +562,17 @@ def test_outputs_become_a_flat_tuple() -> None:
         ([one, two], (one, two)),
         ({"b": two, "a": one}, (two, one)),
         (OrderedDict(z=one), (one,)),
+        ((one, None), (one,)),
+        ({"a": [one, (two,)]}, (one, two)),
     ):
-        found = torch_folder.output_tensors(given_outputs)
+        found = torch_module.output_tensors(given_outputs)
         assert [id(t) for t in found] == [id(t) for t in want]
 
 
-@pytest.mark.parametrize("bad", [None, 1.0, "x", (torch.zeros(1), None), {"a": [torch.zeros(1)]}])
+@pytest.mark.parametrize("bad", [None, 1.0, "x", (), (None,)])
 def test_other_outputs_are_refused(bad: object) -> None:
     with refused(InputError, f"the model gives {type(bad).__name__}", hint="wrap the model"):
-        torch_folder.output_tensors(bad)
+        torch_module.output_tensors(bad)
 
 
 def test_a_run_takes_arrays_in_the_order_of_the_inputs_and_leaves_them() -> None:
@@ -579,8 +581,8 @@ def test_a_run_takes_arrays_in_the_order_of_the_inputs_and_leaves_them() -> None
             a -= b  # in place, on what it was given
             return a, b
 
-    inputs = (X.model_copy(update={"name": "p"}), X.model_copy(update={"name": "a"}))
-    feed = {"a": np.ones((2, 6), np.float32), "p": np.full((2, 6), 5, np.float32)}
-    first, second = torch_folder.run(Minus(), inputs, feed)
+    inputs = (X.model_copy(update={"name": "p"}), X.model_copy(update={"name": "q"}))
+    feed = {"q": np.ones((2, 6), np.float32), "p": np.full((2, 6), 5, np.float32)}
+    first, second = torch_module.run(Minus(), inputs, feed)
     assert (first[0, 0], second[0, 0], first.dtype) == (4, 1, np.float32)
-    assert (feed["p"][0, 0], feed["a"][0, 0]) == (5, 1)
+    assert (feed["p"][0, 0], feed["q"][0, 0]) == (5, 1)

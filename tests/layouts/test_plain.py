@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from deploykit.layouts import Serving, plain
-from deploykit.values import Artifact, Format
+from deploykit.layouts import Laid, Member, Serving, plain
+from deploykit.values import Format
+from tests.layouts.test_triton import IMAGES, LOGITS, artifact
 
 
 @pytest.mark.parametrize(
@@ -17,10 +16,7 @@ from deploykit.values import Artifact, Format
     ],
 )
 def test_the_model_lies_at_the_top_whatever_the_bundles_name(kind: Format, label: str, path: str):
-    artifact = Artifact(
-        path=Path("somewhere/my.file"), format=kind, precision="int8", inputs=(), outputs=(),
-        sha256="0" * 64,
-    )  # fmt: skip
-    serving = Serving(name="net", version=3)
-    placed = plain.place(artifact, backend="any", label=label, serving=serving)
-    assert (placed.model, placed.texts) == (path, {})
+    model = artifact((IMAGES,), (LOGITS,), kind=kind)
+    member = Member(artifact=model, backend="ort-cpu", label=label)
+    found = plain.lay([member], Serving(name="net", version=7), {})
+    assert found == Laid(models=(path,), configs=(None,))

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deploykit.errors import InputError, MissingError, UsageError
-from deploykit.layouts import LAYOUTS, Serving, batched, triton
+from deploykit.layouts import LAYOUTS, Laid, Member, Serving, batched, kserve, triton
 from deploykit.layouts.triton_rules import Served
 from deploykit.values import Artifact, Format, StageRecord, TensorSpec
 
@@ -49,6 +50,30 @@ def artifact(
     )
 
 
+def feed(inputs: tuple[TensorSpec, ...]) -> dict[str, Any]:
+    """Two samples of each input."""
+    size = {"batch": 2}
+    return {
+        spec.name: np.zeros(
+            spec.fixed(size),
+            np.uint16 if spec.dtype == "bfloat16" else spec.dtype,
+        )
+        for spec in inputs
+    }
+
+
+def lay(
+    model: Artifact, *, backend: str = "ort-cpu", label: str = "", serving: Serving | None = None
+) -> Laid:
+    member = Member(artifact=model, backend=backend, label=label)
+    return triton.lay([member], serving or Serving(), feed(model.inputs))
+
+
+def config_text(laid: Laid) -> str:
+    (path,) = laid.configs
+    return laid.files[str(path)].decode()
+
+
 def parsed(text: str) -> Any:
     from google.protobuf import text_format
     from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -58,23 +83,24 @@ def parsed(text: str) -> Any:
 
 def config(model: Artifact, serving: Serving | None = None, backend: str = "ort-cpu") -> Any:
     """The configuration of a model, parsed by Triton's schema."""
-    placed = triton.place(model, backend=backend, label="", serving=serving or Serving())
-    ((path, text),) = placed.texts.items()
-    assert path == "model/config.pbtxt"
-    return parsed(text)
+    laid = lay(model, backend=backend, serving=serving)
+    assert laid.configs == ("model/config.pbtxt",)
+    return parsed(config_text(laid))
 
 
 def test_a_batched_model():
     serving = Serving(
         name="net", version=3, threads=2, instances=4, queue_delay_us=50, max_queue_size=9
     )
-    placed = triton.place(
-        artifact((IMAGES, IDS), (LOGITS,)), backend="ort-cpu", label="-int8", serving=serving
+    laid = lay(artifact((IMAGES, IDS), (LOGITS,)), label="-int8", serving=serving)
+    assert laid.models == ("net-int8/3/model.onnx",)
+    assert laid.configs == ("net-int8/config.pbtxt",)
+    assert sorted(laid.files)[1:] == ["net-int8/warmup/input_0", "net-int8/warmup/input_1"]
+    assert len(laid.files["net-int8/warmup/input_0"]) == 3 * 1 * 224 * 4
+    assert len(laid.files["net-int8/warmup/input_1"]) == 8
+    assert parsed(config_text(laid)) == parsed(
+        (Path(__file__).parent / "batched.pbtxt").read_text()
     )
-    assert placed.model == "net-int8/3/model.onnx"
-    ((path, text),) = placed.texts.items()
-    assert path == "net-int8/config.pbtxt"
-    assert parsed(text) == parsed((Path(__file__).parent / "batched.pbtxt").read_text())
 
 
 def test_a_fixed_batch_is_listed_in_full():
@@ -83,13 +109,16 @@ def test_a_fixed_batch_is_listed_in_full():
     assert found.max_batch_size == 0
     assert list(found.input[0].dims) == [4, 3, -1, 224]
     assert list(found.output[0].dims) == [4, 10]
-    assert not found.HasField("dynamic_batching")
+    assert found.dynamic_batching.default_queue_policy.max_queue_size == 256
+    (warmup,) = found.model_warmup
+    assert (warmup.batch_size, list(warmup.inputs["images"].dims)) == (1, [4, 3, 1, 224])
 
 
 def test_batching_can_be_turned_off():
     found = config(artifact((IMAGES,), (LOGITS,)), Serving(max_batch_size=0))
     assert found.max_batch_size == 0
     assert list(found.input[0].dims) == [-1, 3, -1, 224]
+    assert list(found.model_warmup[0].inputs["images"].dims) == [1, 3, 1, 224]
 
 
 def test_one_value_a_sample_is_reshaped():
@@ -103,8 +132,7 @@ class TestEngine:
 
     def test_it_is_a_plan_on_the_gpu(self):
         model = artifact((IMAGES,), (LOGITS,), kind="engine", facts=self.facts)
-        placed = triton.place(model, backend="tensorrt", label="", serving=Serving())
-        assert placed.model == "model/1/model.plan"
+        assert lay(model, backend="tensorrt").models == ("model/1/model.plan",)
         found = config(model, backend="tensorrt")
         assert (found.platform, found.backend) == ("tensorrt_plan", "tensorrt")
         assert type(found.instance_group[0]).Kind.Name(found.instance_group[0].kind) == "KIND_GPU"
@@ -119,9 +147,7 @@ class TestEngine:
 
 def test_a_backend_that_triton_does_not_have_is_refused():
     with pytest.raises(UsageError, match="does not serve openvino"):
-        triton.place(
-            artifact((IMAGES,), (LOGITS,)), backend="openvino", label="", serving=Serving()
-        )
+        lay(artifact((IMAGES,), (LOGITS,)), backend="openvino")
 
 
 @pytest.mark.parametrize(
@@ -130,13 +156,13 @@ def test_a_backend_that_triton_does_not_have_is_refused():
 def test_a_tensor_that_triton_does_not_know_is_refused(spec: dict[str, Any]):
     odd = LOGITS.model_copy(update=spec)
     with pytest.raises(UsageError, match="cannot serve the tensor logits"):
-        triton.place(artifact((IMAGES,), (odd,)), backend="ort-cpu", label="", serving=Serving())
+        lay(artifact((IMAGES,), (odd,)))
 
 
 def test_without_tritonclient_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "tritonclient.grpc.model_config_pb2", None)
     with pytest.raises(MissingError) as caught:
-        triton.place(artifact((IMAGES,), (LOGITS,)), backend="ort-cpu", label="", serving=Serving())
+        lay(artifact((IMAGES,), (LOGITS,)))
     assert "deploykit[triton]" in caught.value.hint
 
 
@@ -146,7 +172,7 @@ def test_every_type_is_in_the_schema():
     assert set(triton.TYPES.values()) == set(DataType.keys()) - {"TYPE_INVALID"}
 
 
-dims = st.one_of(st.integers(1, 2**40), st.sampled_from(["h", "w"]))
+dims = st.one_of(st.integers(1, 7), st.sampled_from(["h", "w"]))
 specs = st.builds(
     TensorSpec,
     name=st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=8),
@@ -205,10 +231,7 @@ class TestCheck:
 
     @pytest.fixture
     def text(self) -> str:
-        placed = triton.place(
-            artifact((IMAGES,), (LOGITS,)), backend="ort-cpu", label="", serving=Serving()
-        )
-        return placed.texts["model/config.pbtxt"]
+        return config_text(lay(artifact((IMAGES,), (LOGITS,))))
 
     @pytest.mark.parametrize(
         ("good", "bad", "told"),
@@ -232,8 +255,25 @@ class TestCheck:
             ('name: "logits"', 'name: "logit"', "outputs are"),
             ("TYPE_FP32", "TYPE_INT32", "data_type is TYPE_INT32"),
             ("dynamic_batching {", "dynamic_batching {\n preferred_batch_size: 99", "99 is not in"),
+            (
+                "max_batch_size: 32",
+                'max_batch_size: 32\nmodel_operations { op_library_filename: "evil.so" }',
+                "model_operations is not part",
+            ),
+            ("inter_op_thread_count", "trt_extra_plugin_lib_paths", "parameter trt_extra"),
             ("max_queue_size: 256", "", "max_queue_size is not set"),
-            ("max_batch_size: 32", "max_batch_size: 0", "needs a max_batch_size above 0"),
+            ('"golden_32"\n  batch_size: 32', '"g"\n  batch_size: 33', "batch_size 33 is not in 1"),
+            ('key: "images"', 'key: "image"', "model_warmup 'golden_1': inputs are"),
+            (
+                "      dims: 3\n      dims: 1\n",
+                "      dims: 3\n      dims: 0\n",
+                r"'images' has dims \[3, 0, 224\]",
+            ),
+            (
+                "max_batch_size: 32",
+                'max_batch_size: 32\ncc_model_filenames { key: "9.0" value: "a.plan" }',
+                "cc_model_filenames are",
+            ),
             ('string_value: "1"', 'string_value: "many"', "is 'many', not a number"),
             (
                 "instance_group {\n  count: 1\n  kind: KIND_CPU\n}",
@@ -243,7 +283,7 @@ class TestCheck:
             (
                 "max_batch_size: 32",
                 f"max_batch_size: 32\n{ACCELERATED}",
-                "execution_accelerators",
+                "optimization is not part of a bundle",
             ),
         ],
     )
@@ -284,12 +324,30 @@ Place = Callable[..., Any]
 @pytest.mark.parametrize("place", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("label", ["", "-int8-ort-cpu"])
 def test_contract_of_every_layout(place: Place, label: str):
-    placed = place(
-        artifact((IMAGES,), (LOGITS,)), backend="ort-cpu", label=label, serving=Serving()
-    )
-    for path in (placed.model, *placed.texts):
+    member = Member(artifact=artifact((IMAGES,), (LOGITS,)), backend="ort-cpu", label=label)
+    laid = place([member], Serving(storage_uri="pvc://models/net"), feed((IMAGES,)))
+    for path in (*laid.models, *laid.files):
         assert not Path(path).is_absolute()
         assert ".." not in path
-        assert label in path
-    assert placed.model not in placed.texts
-    assert Path(placed.model).suffix == ".onnx"
+        assert label in path or path == kserve.FILE
+    assert laid.models[0] not in laid.files
+    assert Path(laid.models[0]).suffix == ".onnx"
+    assert set(laid.configs) - {None} <= set(laid.files)
+
+
+def test_engines_for_several_gpus_are_one_model():
+    model = artifact((IMAGES,), (LOGITS,), kind="engine")
+    members = [
+        Member(artifact=model, backend="tensorrt", label="", gpus=("sm90",)),
+        Member(artifact=model, backend="tensorrt", label="-fp32-tensorrt-sm89", gpus=("sm89",)),
+        Member(artifact=artifact((IMAGES,), (LOGITS,)), backend="ort-cpu", label="-fp32-ort-cpu"),
+    ]
+    laid = triton.lay(members, Serving(name="net"), feed((IMAGES,)))
+    assert laid.models == (
+        "net/1/model_sm90.plan",
+        "net/1/model_sm89.plan",
+        "net-fp32-ort-cpu/1/model.onnx",
+    )
+    found = parsed(laid.files["net/config.pbtxt"].decode())
+    assert dict(found.cc_model_filenames) == {"9.0": "model_sm90.plan", "8.9": "model_sm89.plan"}
+    assert found.default_model_filename == "model_sm90.plan"

@@ -37,9 +37,10 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_the_public_names() -> None:
     """A change here is a change for users: say it in CHANGELOG.md."""
     assert deploykit.__all__ == [
-        "Artifact", "BenchOptions", "BuildOptions", "Candidate", "DistillOptions", "ExportOptions",
-        "PackageOptions", "PackagedModel", "PruneOptions", "QuantizeOptions", "SessionOptions",
-        "TakeOptions", "TensorSpec", "bench", "build", "compare", "distill", "evaluate", "export",
-        "open_dataset", "open_model", "open_session", "package", "prune", "quantize", "read_recipe",
-        "run", "take", "verify",
+        "Artifact", "BenchOptions", "BuildOptions", "Candidate", "ConvertOptions",
+        "DistillOptions", "ExportOptions", "Loaded", "PackageOptions", "PackagedModel",
+        "PruneOptions", "PublishOptions", "QuantizeOptions", "SessionOptions", "TakeOptions",
+        "TensorSpec", "bench", "build", "compare", "convert", "distill", "evaluate", "export",
+        "load", "open_dataset", "open_model", "open_session", "package", "prune", "publish",
+        "quantize", "read_recipe", "rollback", "run", "sign", "take", "verify",
     ]  # fmt: skip

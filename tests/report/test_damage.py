@@ -18,13 +18,13 @@ from tests.fixtures_core import refused
 def row(number: int, **changes: Any) -> Json:
     plain = {
         "node": f"n{number}", "operator": "Conv", "sqnr_db": 20.0 + number, "cosine": 0.99,
-        "multiply_accumulates": 100, "sqnr_db_if_float": 21.0, "float_us": 2.0, "int8_us": 1.0,
+        "multiply_accumulates": 100, "sqnr_db_if_float": 21.0, "float_us": 2.0, "quantized_us": 1.0,
     }  # fmt: skip
     return {**plain, **changes}
 
 
 def facts(*rows: Json, in_float: tuple[str, ...] = ()) -> Json:
-    probe = {"sqnr_db": 19.0, "int8_us_in_all": 50.0}
+    probe = {"sqnr_db": 19.0, "quantized_us_in_all": 50.0}
     return {
         "search": {"runtime": "ort-cpu", "damage": list(rows), "probe": probe},
         "float_nodes": [{"node": name} for name in in_float],
@@ -37,7 +37,7 @@ def words(svg: str) -> list[str]:
 
 def test_the_table_has_a_dash_for_what_was_not_measured() -> None:
     old = row(1)
-    for key in ("cosine", "sqnr_db_if_float", "float_us", "int8_us"):
+    for key in ("cosine", "sqnr_db_if_float", "float_us", "quantized_us"):
         del old[key]
     lines = damage.table([row(0), old], {"sqnr_db": 19.0})
     assert "(19.0 with all)" in lines[1]
@@ -54,12 +54,12 @@ def test_the_plot_names_each_node_that_it_draws(count: int, tmp_path: Path) -> N
     drawn = [word.split()[-1] for word in told if re.fullmatch(r"Conv +n\d+", word)]
     assert sorted(drawn) == sorted(f"n{n}" for n in range(min(count, damage.DRAWN)))
     assert any("q.onnx: what each quantized node costs" in word for word in told)
-    assert any("the INT8 model: 19.0 dB" in word for word in told)
+    assert any("the quantized model: 19.0 dB" in word for word in told)
     assert (f"the {damage.DRAWN} worst of {count} nodes" in told) == (count > damage.DRAWN)
 
 
 def test_the_plot_marks_nodes_in_float_and_counts_the_others(tmp_path: Path) -> None:
-    back = row(1, sqnr_db_if_float=None, float_us=None, int8_us=None)
+    back = row(1, sqnr_db_if_float=None, float_us=None, quantized_us=None)
     damage.plot(facts(row(0), back, in_float=("n1", "x", "y")), "q", tmp_path / "p.svg")
     told = words((tmp_path / "p.svg").read_text())
     assert "the same, for a node that was left in float" in told
@@ -67,7 +67,7 @@ def test_the_plot_marks_nodes_in_float_and_counts_the_others(tmp_path: Path) -> 
 
 
 def test_where_no_time_is_known_none_is_drawn(tmp_path: Path) -> None:
-    damage.plot(facts(row(0, float_us=None, int8_us=None)), "q", tmp_path / "p.svg")
+    damage.plot(facts(row(0, float_us=None, quantized_us=None)), "q", tmp_path / "p.svg")
     assert not any("time of the node" in word for word in words((tmp_path / "p.svg").read_text()))
 
 
@@ -92,7 +92,7 @@ def test_the_gain_in_one_sentence() -> None:
     kept = {
         "patterns": ["a*"], "nodes": ["a"], "in_float_already": [], "sqnr_db": 19.0,
         "sqnr_db_if_float": 21.25, "measured": True, "multiply_accumulates": 50,
-        "multiply_accumulates_quantized": 1000, "extra_us": 1.5, "int8_us": 50.0,
+        "multiply_accumulates_quantized": 1000, "extra_us": 1.5, "quantized_us": 50.0,
     }  # fmt: skip
     assert damage.gain(kept) == (
         "a*: 1 node in float, 19.0 -> 21.2 dB (measured), "

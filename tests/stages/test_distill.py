@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from deploykit import store
 from deploykit.dataset import Dataset, open_dataset
 from deploykit.errors import InputError, StageError, UsageError
-from deploykit.formats import torch_folder
+from deploykit.formats import torch_folder, torch_module
 from deploykit.stages.distill import DistillOptions, distill, kd_loss, paced
 from deploykit.stages.prune import PruneOptions, prune
 from deploykit.stages.take import TakeOptions, take
@@ -115,7 +115,7 @@ def test_the_student_comes_to_agree_with_the_teacher(teacher: Artifact, tmp_path
 
     def gap(artifact: Artifact) -> float:
         models = (torch_folder.load(a) for a in (artifact, teacher))
-        one, other = (torch_folder.run(m, teacher.inputs, {"x": X})[0] for m in models)
+        one, other = (torch_module.run(m, teacher.inputs, {"x": X})[0] for m in models)
         return float(np.square(log_softmax(one) - log_softmax(other)).mean())
 
     assert gap(made) < gap(student) / 20

@@ -13,7 +13,7 @@ from torch import nn
 
 from deploykit import store
 from deploykit.errors import InputError, StageError, UsageError
-from deploykit.formats import torch_folder
+from deploykit.formats import torch_folder, torch_module
 from deploykit.stages.prune import PruneOptions, kept_channels, prune
 from deploykit.stages.take import TakeOptions, take
 from deploykit.values import Artifact, TensorSpec, parse
@@ -77,8 +77,8 @@ def outputs(artifact: Artifact, seed: int = 5) -> tuple[torch.Tensor, ...]:
         for spec in artifact.inputs
     )
     with torch.inference_mode():
-        probe = torch_folder.examples(sized, batch=4, seed=seed)
-        return torch_folder.output_tensors(torch_folder.load(artifact)(*probe))
+        probe = torch_module.examples(sized, batch=4, seed=seed)
+        return torch_module.output_tensors(torch_folder.load(artifact)(*probe))
 
 
 def widths(artifact: Artifact) -> dict[str, int]:
@@ -178,9 +178,9 @@ def test_pruned_twice_comes_back_from_its_folder_alone(
     loaded, in_memory = torch_folder.load(again), written[-1].eval()
     want = in_memory.state_dict()
     assert all(torch.equal(tensor, want[key]) for key, tensor in loaded.state_dict().items())
-    probe = torch_folder.examples(again.inputs, batch=3)
+    probe = torch_module.examples(again.inputs, batch=3)
     with torch.inference_mode():
-        pair = [torch_folder.output_tensors(model(*probe)) for model in (loaded, in_memory)]
+        pair = [torch_module.output_tensors(model(*probe)) for model in (loaded, in_memory)]
     assert all(map(torch.equal, *pair))
 
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from deploykit import store
 from deploykit.errors import InputError, StageError, UsageError
-from deploykit.formats import open_model, torch_folder
+from deploykit.formats import open_model, torch_folder, torch_module
 from deploykit.stages.take import TakeOptions, take
 from deploykit.values import Artifact, TensorSpec
 from tests.fixtures_core import content, refused
@@ -97,7 +96,7 @@ def options(nets: Path) -> Options:
 @pytest.fixture
 def checkpoint(nets: Path, tmp_path: Path) -> Path:
     path = tmp_path / "net.safetensors"
-    save_file(torch_folder.construct(f"{nets}:Net", {}).state_dict(), path)
+    save_file(torch_module.construct(f"{nets}:Net", {}).state_dict(), path)
     return path
 
 
@@ -134,20 +133,24 @@ def test_an_output_has_a_name_and_a_dynamic_batch(options: Options, tmp_path: Pa
 
 def test_only_an_axis_that_follows_the_batch_is_dynamic(options: Options, tmp_path: Path) -> None:
     assert told(take(options("Spans"), out=tmp_path / "out")) == [
-        "output_0: float32[batch, 6]", "output_1: float32[4, 6]", "output_2: float32[2, 6]",
-        "output_3: float32[6, 6]", "output_4: bool[batch, 6]",
+        "output_0: float32[batch, 6]", "output_1: float32[output_1_0, 6]",
+        "output_2: float32[2, 6]", "output_3: float32[6, 6]", "output_4: bool[batch, 6]",
     ]  # fmt: skip
 
 
-def test_several_inputs_are_given_in_order(options: Options, tmp_path: Path) -> None:
+def test_several_inputs_are_given_by_name(options: Options, tmp_path: Path) -> None:
     named = options("Pair", *PAIR, outputs=("score", "twice", "sum"))
     artifact = take(named, out=tmp_path / "out")
     assert artifact.inputs == PAIR
     assert told(artifact) == [
         "score: float32[batch, 3]", "twice: int64[batch, 5]", "sum: float32[]",
     ]  # fmt: skip
-    with refused(InputError, "does not run on ids: int64[batch, 5], values: ", hint="order"):
-        take(options("Pair", *PAIR[::-1]), out=tmp_path / "other")
+    turned = take(options("Pair", *PAIR[::-1]), out=tmp_path / "other")
+    assert told(turned) == [
+        "score: float32[batch, 3]",
+        "ids_out: int64[batch, 5]",
+        "sum: float32[]",
+    ]
 
 
 @pytest.mark.parametrize("names", [("a",), ("a", "b"), ("a", "b", "c", "d")])
@@ -162,10 +165,14 @@ def test_each_output_has_one_name(options: Options, tmp_path: Path, names: tuple
 @pytest.mark.parametrize(
     ("name", "spec", "fact"),
     [
-        ("Net", X.model_copy(update={"shape": ("batch", 7)}), "x: float32[batch, 7]: mat1"),
-        ("Net", X.model_copy(update={"dtype": "int64"}), "x: int64[batch, 6]: "),
+        (
+            "Net",
+            X.model_copy(update={"shape": ("batch", 7)}),
+            "x: float32[batch, 7] at batch 2: m",
+        ),
+        ("Net", X.model_copy(update={"dtype": "int64"}), "x: int64[batch, 6] at batch 2: "),
         ("OnlyTwo", X, "two, please"),
-        ("Asserts", X, "x: float32[batch, 6]: AssertionError"),
+        ("Asserts", X, "x: float32[batch, 6] at batch 2: AssertionError"),
     ],
 )
 def test_inputs_on_which_the_model_does_not_run_are_refused(
@@ -181,9 +188,21 @@ def test_a_model_that_gives_no_tensors_is_refused(options: Options, tmp_path: Pa
         take(options("NoTensor"), out=tmp_path / "out")
 
 
-def test_a_model_without_inputs_is_refused() -> None:
-    with pytest.raises(ValidationError, match="needs the names and shapes of its inputs"):
-        TakeOptions(factory="a.py:b", inputs=())
+def test_inputs_that_are_not_named_as_arguments_go_in_order(
+    options: Options, tmp_path: Path
+) -> None:
+    named = [s.model_copy(update={"name": f"input {i}"}) for i, s in enumerate(PAIR)]
+    assert len(take(options("Pair", *named), out=tmp_path / "out").outputs) == 3
+    with refused(InputError, "does not run on input 1: int64[batch, 5], input 0: ", hint="order"):
+        take(options("Pair", *named[::-1]), out=tmp_path / "other")
+    half = (named[0], PAIR[0])
+    with refused(InputError, "'values'", "'input 0'", hint="known: ids, values"):
+        take(options("Pair", *half), out=tmp_path / "other")
+
+
+def test_a_model_without_inputs_is_refused(nets: Path, tmp_path: Path) -> None:
+    with refused(UsageError, "inputs are not known", hint="--input-shape name:1x3x224x224"):
+        take(TakeOptions(factory=f"{nets}:Net"), out=tmp_path / "out")
 
 
 # --- factories and checkpoints

@@ -93,7 +93,8 @@ def distill(  # noqa: PLR0913 - a teacher and data beside what every stage takes
             description = torch_folder.describe(student.path)
             source = torch_folder.factory_file(student.path, description)
             arrange(pupil.module, torch.contiguous_format)
-            torch_folder.write(pupil.module, description, source, folder)
+            own = torch_folder.own_examples(student.path)
+            torch_folder.write(pupil.module, description, source, folder, own)
         return Made(
             format="torch",
             precision=student.precision,

@@ -9,7 +9,7 @@ import numpy as np
 
 from deploykit.dataset import Dataset
 from deploykit.errors import InputError, UsageError
-from deploykit.formats import torch_folder
+from deploykit.formats import torch_folder, torch_module
 from deploykit.values import Array, Artifact, TensorSpec
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Model:
     def logits(self, batch: Lesson) -> torch.Tensor:
         """The first output."""
         tensors = [batch.inputs[spec.name] for spec in self.inputs]
-        return torch_folder.output_tensors(self.module(*tensors))[0]
+        return torch_module.output_tensors(torch_module.call(self.module, self.inputs, tensors))[0]
 
     def all_logits(self, lesson: Lesson, size: int) -> torch.Tensor:
         """The first output for all samples, without gradients, in batches of `size`."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from deploykit import store
 from deploykit.dataset import Dataset
 from deploykit.errors import InputError, StageError
-from deploykit.formats import torch_folder
+from deploykit.formats import torch_folder, torch_module
 from deploykit.formats.torch_folder import Description
 from deploykit.stages.prune import patterns
 from deploykit.stages.prune.channels import prune_by_ratio
@@ -71,6 +71,7 @@ def prune(
             description.model_copy(update=changes),
             torch_folder.factory_file(source.path, description),
             folder,
+            torch_folder.own_examples(source.path),
         )
         return Made(
             format="torch",
@@ -127,10 +128,11 @@ def _check_outputs(module: nn.Module, description: Description) -> None:
     """Run a batch of another size than any before. Raises StageError: the outputs differ."""
     import torch
 
-    probe = torch_folder.examples(description.inputs, batch=3)
+    probe = torch_module.examples(description.inputs, batch=3)
     try:
         with torch.inference_mode():
-            outputs = torch_folder.output_tensors(module(*probe))
+            called = torch_module.call(module, description.inputs, probe)
+            outputs = torch_module.output_tensors(called)
         problem = _misfit(outputs, description.outputs)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         problem = f"it raises {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -152,9 +154,9 @@ def _size(module: nn.Module, inputs: tuple[TensorSpec, ...]) -> dict[str, int]:
     """Parameters, and multiply-accumulates of one sample in convolutions and matrix products."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    probe = torch_folder.examples(inputs)
+    probe = torch_module.examples(inputs)
     with FlopCounterMode(display=False) as counter:
-        module(*probe)
+        torch_module.call(module, inputs, probe)
     return {
         "parameters": sum(p.numel() for p in module.parameters()),
         "macs": counter.get_total_flops() // 2 // len(probe[0]),

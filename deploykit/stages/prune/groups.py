@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from deploykit.errors import StageError
-from deploykit.formats import torch_folder
+from deploykit.formats import torch_module
 from deploykit.values import TensorSpec
 
 if TYPE_CHECKING:
@@ -92,8 +92,8 @@ def output_layers(
     ]
     try:
         with torch.enable_grad():
-            probe = torch_folder.examples(inputs, batch=2)
-            outputs = torch_folder.output_tensors(module(*probe))
+            probe = torch_module.examples(inputs, batch=2)
+            outputs = torch_module.output_tensors(torch_module.call(module, inputs, probe))
     finally:
         for hook in hooks:
             hook.remove()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploykit.dataset import Dataset
 from deploykit.errors import InputError, StageError, UsageError
-from deploykit.formats import torch_folder
+from deploykit.formats import torch_module
 from deploykit.stages.prune.groups import Group, Items, gates, readers
 from deploykit.stages.prune.options import OBSERVED, Importance, PruneOptions
 from deploykit.stages.prune.surgeon import Surgeon
@@ -117,7 +117,7 @@ def _observed(module: nn.Module, inputs: tuple[Any, ...], data: Dataset) -> dict
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     try:
         for feed, _ in data.batches(BATCH):
-            torch_folder.run(module, inputs, feed)
+            torch_module.run(module, inputs, feed)
     finally:
         for hook in hooks:
             hook.remove()
@@ -179,7 +179,8 @@ def _taylor(surgeon: Surgeon, items: dict[str, Items], data: Dataset) -> dict[st
     for feed, target in data.batches(BATCH):
         with _caught({g for each in gate_of.values() for g in each}) as outputs:
             tensors = [torch.from_numpy(feed[spec.name].copy()) for spec in surgeon.inputs]
-            made = torch_folder.output_tensors(surgeon.module(*tensors))[0]
+            called = torch_module.call(surgeon.module, surgeon.inputs, tensors)
+            made = torch_module.output_tensors(called)[0]
             _loss(made, target).backward()  # type: ignore[no-untyped-call]
         for root, layers in gate_of.items():
             moves = sum(

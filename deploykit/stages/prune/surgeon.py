@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from deploykit.dataset import Dataset
-from deploykit.formats import torch_folder
+from deploykit.formats import torch_edits, torch_module
 from deploykit.stages.prune.groups import Group, Items, find_groups, head_attributes, readers
 from deploykit.values import TensorSpec
 
@@ -36,7 +36,7 @@ class Surgeon:
         self.attributes: dict[str, int] = {}
         """What was changed beside parameters, by `module.attribute`."""
         self._inputs = tuple(_sized(spec) for spec in inputs)
-        self._graph = torch_folder.dependency_graph(module, self._inputs)
+        self._graph = torch_edits.dependency_graph(module, self._inputs)
 
     def groups(self) -> tuple[Group, ...]:
         """The groups of the module as it is now. Raises StageError."""
@@ -63,7 +63,7 @@ class Surgeon:
                 self.attributes.update(changes)
                 return None
             self.module = before
-            self._graph = torch_folder.dependency_graph(before, self._inputs)
+            self._graph = torch_edits.dependency_graph(before, self._inputs)
         return reason
 
     def damage(self, group: Group, removals: Sequence[Sequence[int]], data: Dataset) -> list[float]:
@@ -72,14 +72,18 @@ class Surgeon:
         Means over the data; the module is left as it is. By the law, not to read channels is as
         good as not to have them.
         """
-        reading = readers(self.items(group.root, range(group.channels)))
+        import torch
+
+        reading = list(readers(self.items(group.root, range(group.channels))))
         weights = [layer.get_parameter("weight") for layer, _, _ in reading]
         before = [weight.detach().clone() for weight in weights]
         want = self._collect(data)
         found = []
         for channels in removals:
-            if channels:
-                _silence(self.items(group.root, channels))
+            for weight, (layer, index, roots) in zip(weights, reading, strict=True):
+                axis = 0 if getattr(layer, "transposed", False) else 1
+                gone = index[torch.isin(roots, torch.tensor(list(channels), dtype=torch.long))]
+                weight.data.index_fill_(axis, gone, 0.0)
             change = (self._collect(data) - want).square().sum()
             found.append(float(change / want.square().sum().clamp_min(1e-30)))
             for weight, old in zip(weights, before, strict=True):
@@ -89,7 +93,7 @@ class Surgeon:
     def _collect(self, data: Dataset) -> torch.Tensor:
         import torch
 
-        runs = (torch_folder.run(self.module, self.inputs, feed)[0] for feed, _ in data.batches(64))
+        runs = (torch_module.run(self.module, self.inputs, feed)[0] for feed, _ in data.batches(64))
         return torch.cat([torch.from_numpy(array) for array in runs]).double()
 
     def _changes(self, group: Group, gone: int) -> list[dict[str, int]]:
@@ -113,7 +117,7 @@ class Surgeon:
             _silence(items)
             want = self._outputs()
             items.prune()
-            torch_folder.set_attributes(self.module, changes)
+            torch_edits.set_attributes(self.module, changes)
             have = self._outputs()
         except Exception as error:  # noqa: BLE001 - the library and the model may raise anything
             line = (str(error).splitlines() or [""])[0]
@@ -135,8 +139,9 @@ class Surgeon:
         import torch
 
         with torch.inference_mode():
-            probe = torch_folder.examples(self._inputs, batch=2, seed=1)
-            return torch_folder.output_tensors(self.module(*probe))
+            probe = torch_module.examples(self._inputs, batch=2, seed=1)
+            called = torch_module.call(self.module, self._inputs, probe)
+            return torch_module.output_tensors(called)
 
 
 def _sized(spec: TensorSpec) -> TensorSpec:

@@ -13,7 +13,7 @@ import numpy as np
 
 from deploykit import backends
 from deploykit.errors import MissingError
-from deploykit.formats import onnx_layer, torch_folder
+from deploykit.formats import onnx_layer, torch_module
 from deploykit.formats.onnx_layer import LayerShape
 from deploykit.stages.prune.options import PruneOptions
 from deploykit.values import SessionOptions, TensorSpec
@@ -54,7 +54,7 @@ def shapes(module: nn.Module, inputs: tuple[TensorSpec, ...]) -> dict[str, Layer
     ]
     try:
         with torch.inference_mode():
-            module(*torch_folder.examples(inputs))
+            torch_module.call(module, inputs, torch_module.examples(inputs))
     finally:
         for hook in hooks:
             hook.remove()

@@ -14,8 +14,8 @@ from deploykit.dataset import Dataset
 from deploykit.environment import has_int8_dot_product, is_arm
 from deploykit.environment import read as read_environment
 from deploykit.errors import AnswerIsNo, InputError, UsageError, did_you_mean
+from deploykit.formats.onnx_graph import Graph, matches
 from deploykit.stages.quantize import gain, guard, placement, sound
-from deploykit.stages.quantize.graph import Graph, matches
 from deploykit.stages.quantize.lab import Lab, Point, Talk, pareto
 from deploykit.stages.quantize.methods import EXACT, Method
 from deploykit.stages.quantize.options import QuantizeOptions
@@ -204,6 +204,8 @@ def _found(lab: Lab, point: Point, probed: Json) -> Json:
         "candidates": [p.told for p in lab.points],
         "pareto": [p.name for p in pareto(lab.points)],
         "float_score": lab.float_score and lab.float_score.score.value,
+        "metric": lab.promise and lab.promise.metric,
+        "max_drop": lab.promise and lab.float_score and lab.promise.limit(lab.float_score),
         "chosen": point.told,
         "damage": gain.rows(lab, probed),
         "probe": totals or None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from deploykit.stages.quantize.graph import RECURRENT, Graph, multiply_accumulates, subgraph_nodes
+from deploykit.formats.onnx_graph import RECURRENT, Graph, multiply_accumulates, subgraph_nodes
 from deploykit.stages.quantize.placement import Plan
 from deploykit.stages.quantize.presets import COMPUTE
 from deploykit.values import Json

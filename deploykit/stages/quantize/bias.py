@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deploykit.formats.onnx_graph import Graph, channel_axis, groups_of, weighed, with_constants
 from deploykit.stages.quantize.channels import Channels
-from deploykit.stages.quantize.graph import Graph, channel_axis, groups_of, weighed, with_constants
 from deploykit.values import Array
 
 if TYPE_CHECKING:

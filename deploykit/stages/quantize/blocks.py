@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deploykit.stages.quantize.graph import Graph
+from deploykit.formats.onnx_graph import Graph
 from deploykit.stages.quantize.levels import INT4
 from deploykit.values import Array
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from deploykit.dataset import Dataset
+from deploykit.formats.onnx_graph import Graph, input_axis, weighed
 from deploykit.stages.quantize.calibration import runs
-from deploykit.stages.quantize.graph import Graph, input_axis, weighed
 from deploykit.values import Array
 
 FEW = 32

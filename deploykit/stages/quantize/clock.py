@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from deploykit.formats import onnx_file
-from deploykit.stages.quantize.graph import Graph
+from deploykit.formats.onnx_graph import Graph
 from deploykit.stages.quantize.placement import FUSED
 from deploykit.stages.quantize.presets import COMPUTE
 from deploykit.values import Artifact, Kernel

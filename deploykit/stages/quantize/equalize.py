@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deploykit.stages.quantize.channels import Channels
-from deploykit.stages.quantize.graph import (
+from deploykit.formats.onnx_graph import (
     Graph,
     channel_axis,
     groups_of,
     weighed,
     with_constants,
 )
+from deploykit.stages.quantize.channels import Channels
 from deploykit.stages.quantize.presets import COMPUTE
 from deploykit.values import Array
 

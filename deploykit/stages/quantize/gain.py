@@ -8,8 +8,8 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from deploykit.errors import AnswerIsNo, InputError, UsageError, did_you_mean
+from deploykit.formats.onnx_graph import modules, multiply_accumulates
 from deploykit.stages.quantize.clock import times, times_of_float
-from deploykit.stages.quantize.graph import modules, multiply_accumulates
 from deploykit.stages.quantize.lab import Lab, Point
 from deploykit.stages.quantize.search import PROBED
 from deploykit.values import Artifact, Json
@@ -35,16 +35,16 @@ def probe(lab: Lab, point: Point) -> Json:
         except (AnswerIsNo, InputError):  # nothing is left, or the runtime does not take it
             continue
     before, float_total = times_of_float(lab)
-    after, int8_total = times(lab, point.artifact)
+    after, quantized_total = times(lab, point.artifact)
     return {
         "samples": len(few),
         "sqnr_db": round(whole.sqnr_db, 2),
         "cosine": round(whole.cosine, 6),
         "sqnr_db_if_float": without,
         "float_us": before,
-        "int8_us": after,
+        "quantized_us": after,
         "float_us_in_all": float_total,
-        "int8_us_in_all": int8_total,
+        "quantized_us_in_all": quantized_total,
     }
 
 
@@ -61,7 +61,7 @@ def rows(lab: Lab, found: Json) -> list[Json]:
             "multiply_accumulates": macs[row.node],
             **{
                 key: found.get(key, {}).get(row.node)
-                for key in ("sqnr_db_if_float", "float_us", "int8_us")
+                for key in ("sqnr_db_if_float", "float_us", "quantized_us")
             },
         }
         for row in lab.damages
@@ -112,7 +112,7 @@ def keep_float(facts: Json, patterns: Sequence[str]) -> Json:
         "multiply_accumulates": sum(row["multiply_accumulates"] for row in back),
         "multiply_accumulates_quantized": facts["multiply_accumulates_quantized"],
         "extra_us": _extra(back),
-        "int8_us": whole["int8_us_in_all"],
+        "quantized_us": whole["quantized_us_in_all"],
     }
 
 
@@ -122,7 +122,7 @@ def _matches(row: Json, pattern: str) -> bool:
 
 def _extra(back: Sequence[Json]) -> float | None:
     """Microseconds more, as far as each node has a time in both models; None where one has not."""
-    pairs = [(row["float_us"], row["int8_us"]) for row in back]
+    pairs = [(row["float_us"], row["quantized_us"]) for row in back]
     if not pairs or any(time is None for pair in pairs for time in pair):
         return None
     return round(math.fsum(before - after for before, after in pairs), 1)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deploykit.errors import UsageError, did_you_mean
+from deploykit.formats.onnx_graph import Graph, channel_axis, groups_of, matches, modules
 from deploykit.stages.quantize import blocks, tables
-from deploykit.stages.quantize.graph import Graph, channel_axis, groups_of, matches, modules
 from deploykit.stages.quantize.presets import COMPUTE, TABLES, Preset
 
 if TYPE_CHECKING:
@@ -133,7 +133,14 @@ def _no_integers(
     odd = [n for n in (*activations, node.output[0]) if n not in graph.floats]
     if odd:
         return f"{odd[0]!r} is not known to be float32"
+    if not preset.depthwise and _is_depthwise(graph, node):
+        return "a depthwise convolution on integers makes the engine larger"
     return _unfit_constant(graph, node)
+
+
+def _is_depthwise(graph: Graph, node: onnx.NodeProto) -> bool:
+    weights = graph.constants.get(node.input[1]) if groups_of(node) > 1 else None
+    return weights is not None and weights.dims[1] == 1
 
 
 def _unfit_constant(graph: Graph, node: onnx.NodeProto) -> str | None:

@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploykit._lazy import needs
-from deploykit.errors import InputError
-from deploykit.formats import onnx_file
-from deploykit.stages.quantize.graph import drop_unused, name_nodes, subgraph_nodes
+from deploykit.formats import onnx_file, onnx_lift
+from deploykit.formats.onnx_graph import drop_unused, name_nodes, subgraph_nodes
 
 if TYPE_CHECKING:
     import onnx
 
-OPSET = 17
-"""Models of too low an opset are lifted to this at least."""
 NOT_FOLDED = "not folded: ONNX Runtime's pass fails on it"
 """Batch norms stay apart from their convolutions, constants are computed at each call."""
 
@@ -33,16 +30,7 @@ def prepare(path: Path, *, opset: int = 13) -> tuple[onnx.ModelProto, tuple[str,
     import onnx
 
     model = onnx_file.read(path)
-    told: list[str] = []
-    weights = {tensor.name for tensor in model.graph.initializer}
-    if inputs := [value for value in model.graph.input if value.name in weights]:
-        for value in inputs:  # as IR 3 wants it; the tools take those for inputs without a value
-            model.graph.input.remove(value)
-        model.ir_version = max(model.ir_version, 4)
-        told.append(f"{len(inputs)} weights are no inputs any more")
-    if (before := onnx_file.opset(model)) < opset:
-        model = _lifted(model, max(opset, OPSET), path)
-        told.append(f"opset lifted from {before} to {onnx_file.opset(model)}")
+    model, told = onnx_lift.lift(model, opset, path)
     if count := _affine(model):
         told.append(f"{count} Sub and Div by a constant written as Add and Mul")
     with tempfile.TemporaryDirectory() as folder:
@@ -54,24 +42,6 @@ def prepare(path: Path, *, opset: int = 13) -> tuple[onnx.ModelProto, tuple[str,
         prepared, way = _folded(source, Path(folder) / "prepared.onnx")
     name_nodes(prepared)
     return prepared, (*told, way)
-
-
-def _lifted(model: onnx.ModelProto, opset: int, path: Path) -> onnx.ModelProto:
-    import onnx
-    import onnx.version_converter
-
-    try:
-        lifted = onnx.version_converter.convert_version(model, opset)
-    except (RuntimeError, onnx.version_converter.ConvertError) as error:
-        raise InputError(
-            f"{path}: cannot be lifted from opset {onnx_file.opset(model)} to {opset}: "
-            f"{str(error).strip().splitlines()[-1]}",
-            hint=f"export it with opset {opset}",
-        ) from error
-    if opset > OPSET:  # types that older IR versions do not have
-        least = onnx.helper.find_min_ir_version_for(lifted.opset_import, ignore_unknown=True)
-        lifted.ir_version = max(lifted.ir_version, least)
-    return lifted
 
 
 def _affine(model: onnx.ModelProto) -> int:

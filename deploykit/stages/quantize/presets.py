@@ -51,6 +51,8 @@ class Preset(Value):
     outputs: bool
     """Pairs behind the nodes too: ONNX Runtime's kernels write integers. The others fuse the bias,
     add and activation that follow into a node that reads integers."""
+    depthwise: bool
+    """Convolutions of one channel a group may be integers: TensorRT's engines are larger for it."""
     scope: Scope
     """The operators to quantize where there is no way to choose."""
     scopes: tuple[Scope, ...]
@@ -109,6 +111,7 @@ def preset(
         quantize_bias=target == "ort-cpu",
         tables=True,
         outputs=target == "ort-cpu",
+        depthwise=True,
         scope="residual",
         scopes=("compute", "residual", "all") if target == "ort-cpu" else ("compute", "residual"),
         reason="8-bit dot product (VNNI or the like)"
@@ -125,6 +128,7 @@ def _tensorrt(precision: Literal["int8", "fp8"]) -> Preset:
         quantize_bias=False,
         tables=False,
         outputs=False,
+        depthwise=False,
         scope="residual",
         scopes=("residual",),
         reason="TensorRT's parser takes symmetric int8 with zero point 0 and a float bias only"
@@ -141,6 +145,7 @@ def _weights_only(target: Target) -> Preset:
         quantize_bias=False,
         tables=target != "tensorrt",
         outputs=False,
+        depthwise=False,
         scope="compute",
         scopes=("compute",),
         reason=f"4 bits, a scale for {BLOCK} weights of an output, for MatMul and Gemm with "

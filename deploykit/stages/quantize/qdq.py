@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deploykit.formats.onnx_graph import Graph, subgraph_nodes
 from deploykit.stages.quantize import blocks, tables
-from deploykit.stages.quantize.graph import Graph, subgraph_nodes
 from deploykit.stages.quantize.levels import Grid, Levels
 from deploykit.stages.quantize.placement import Plan
 from deploykit.stages.quantize.presets import COMPUTE, Preset

@@ -15,9 +15,9 @@ import numpy as np
 
 from deploykit._lazy import needs
 from deploykit.dataset import Dataset
+from deploykit.formats.onnx_graph import Graph, channel_axis, groups_of, weighed
 from deploykit.stages.quantize.calibration import runs
 from deploykit.stages.quantize.channels import FEW
-from deploykit.stages.quantize.graph import Graph, channel_axis, groups_of, weighed
 from deploykit.stages.quantize.levels import Levels
 from deploykit.values import Array
 

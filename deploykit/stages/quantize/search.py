@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from deploykit.errors import AnswerIsNo, InputError
+from deploykit.formats.onnx_graph import multiply_accumulates
 from deploykit.stages.quantize import clock
-from deploykit.stages.quantize.graph import multiply_accumulates
 from deploykit.stages.quantize.lab import Damage, Lab, Point, pareto
 from deploykit.stages.quantize.workshop import Correction, Variant
 
@@ -238,14 +238,14 @@ def _broken(lab: Lab) -> AnswerIsNo:
     )
     assert nearest.drop  # noqa: S101
     seen = "; ".join(
-        f"{p.name}: drop {p.drop.value:.4f}" + (f", {p.time_ratio:.2f}x" if p.time_ratio else "")
+        f"{p.name}: drop {p.drop.value:.2g}" + (f", {p.time_ratio:.2f}x" if p.time_ratio else "")
         for p in pareto(lab.points)
         if p.drop
     )
     limit = lab.promise.limit(lab.float_score)
     return AnswerIsNo(
         f"no {lab.shop.preset.precision.upper()} model keeps {lab.promise.metric} within "
-        f"{limit:.4f} of {lab.float_score.score.value:.4f}; the nearest is {nearest.name}, "
-        f"which loses {nearest.drop.value:.4f}",
+        f"{limit:.2g} of {lab.float_score.score.value:.4g}; the nearest is {nearest.name}, "
+        f"which loses {nearest.drop.value:.2g}",
         hint=f"drop and time over float of what was tried: {seen}",
     )

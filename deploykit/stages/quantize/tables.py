@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deploykit.stages.quantize.graph import Graph
+from deploykit.formats.onnx_graph import Graph
 from deploykit.values import Array
 
 if TYPE_CHECKING:

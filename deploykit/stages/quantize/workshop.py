@@ -14,13 +14,13 @@ from deploykit import store
 from deploykit.dataset import Dataset
 from deploykit.environment import versions
 from deploykit.errors import AnswerIsNo
+from deploykit.formats.onnx_graph import Graph
 from deploykit.stages.quantize import blocks, guard, placement, qdq
 from deploykit.stages.quantize.account import account
 from deploykit.stages.quantize.bias import bias_corrected
 from deploykit.stages.quantize.calibration import Calibration, Progress, observe, remembered
 from deploykit.stages.quantize.channels import Channels, observe_channels
 from deploykit.stages.quantize.equalize import cross_layer, smooth
-from deploykit.stages.quantize.graph import Graph
 from deploykit.stages.quantize.levels import Grid
 from deploykit.stages.quantize.methods import EXACT, Method, Range, calibrate
 from deploykit.stages.quantize.placement import Plan

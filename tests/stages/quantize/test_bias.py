@@ -6,12 +6,12 @@ import numpy as np
 import onnx
 import pytest
 
+from deploykit.formats.onnx_graph import Graph, with_constants
 from deploykit.stages.quantize.bias import bias_corrected
 from deploykit.stages.quantize.channels import observe_channels
-from deploykit.stages.quantize.graph import Graph, with_constants
 from deploykit.values import Array
+from tests.formats.test_onnx_graph import graph_of, normal, outputs
 from tests.stages.quantize.test_channels import in_memory
-from tests.stages.quantize.test_graph import graph_of, normal, outputs
 
 IMAGE = "(float[N,4,7,7] x) => (float[N,6,5,5] y)"
 ROWS = "(float[N,6] x) => (float[N,5] y)"

@@ -8,7 +8,7 @@ import pytest
 from deploykit.dataset import Dataset
 from deploykit.stages.quantize.channels import FEW, observe_channels
 from deploykit.values import Array
-from tests.stages.quantize.test_graph import CONV, graph_of, normal, outputs
+from tests.formats.test_onnx_graph import CONV, graph_of, normal, outputs
 
 
 def in_memory(**arrays: Array) -> Dataset:

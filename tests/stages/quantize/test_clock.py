@@ -10,7 +10,7 @@ import pytest
 from deploykit.backends import open_session
 from deploykit.stages.quantize.clock import node_times
 from deploykit.values import Kernel
-from tests.stages.quantize.test_graph import CONV, graph_of, normal, parsed, stored
+from tests.formats.test_onnx_graph import CONV, graph_of, normal, parsed, stored
 
 TEXT = f"""(float[N,3,8,8] x) => (float[N,5] y) {{
     [conv] h = {CONV}(x, w, b)
@@ -58,7 +58,7 @@ def test_what_computes_has_a_time_on_a_real_runtime(runtime: str, tmp_path: Path
     feed, _ = next(data.matching(source.inputs).batches(1))
     with open_session(source, runtime) as session:
         kernels = session.kernels(feed, 5)
-    from deploykit.stages.quantize.graph import Graph
+    from deploykit.formats.onnx_graph import Graph
 
     times = node_times(Graph(onnx.load(source.path)), kernels)
     assert {"conv", "gemm"} <= set(times)

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deploykit.formats.onnx_graph import Graph, multiply_accumulates
 from deploykit.stages.quantize.channels import observe_channels
 from deploykit.stages.quantize.equalize import MOST, cross_layer, smooth
-from deploykit.stages.quantize.graph import Graph, multiply_accumulates
 from deploykit.values import Array
+from tests.formats.test_onnx_graph import CONV, graph_of, normal, outputs
 from tests.stages.quantize.test_channels import in_memory
-from tests.stages.quantize.test_graph import CONV, graph_of, normal, outputs
 
 IMAGE = "(float[N,3,8,8] x) => (float[N,5,8,8] y)"
 W, V = (4, 3, 3, 3), (5, 4, 3, 3)

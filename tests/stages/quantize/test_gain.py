@@ -38,9 +38,9 @@ def test_each_node_has_its_damage_its_cosine_and_its_times(told: Artifact) -> No
         assert 0.999 < row["cosine"] < 1
         assert row["sqnr_db"] > row["sqnr_db_if_float"] - 3
         assert row["float_us"] > 0
-        assert row["int8_us"] > 0
+        assert row["quantized_us"] > 0
     whole = found["probe"]
-    for name in ("float_us", "int8_us"):
+    for name in ("float_us", "quantized_us"):
         assert sum(row[name] for row in rows) <= whole[f"{name}_in_all"]
     assert whole["samples"] == 8
     assert 0.999 < whole["cosine"] < min(row["cosine"] for row in rows) + 1e-4
@@ -72,7 +72,7 @@ def test_of_several_nodes_the_best_is_told_and_not_as_measured(told: Artifact) -
     assert len(named) == 6
     assert gain["sqnr_db_if_float"] == max(row["sqnr_db_if_float"] for row in named)
     assert not gain["measured"]
-    assert gain["extra_us"] == pytest.approx(sum(r["float_us"] - r["int8_us"] for r in named))
+    assert gain["extra_us"] == pytest.approx(sum(r["float_us"] - r["quantized_us"] for r in named))
 
 
 def test_a_module_stands_for_its_nodes(

@@ -8,7 +8,7 @@ from deploykit.stages.quantize import preset
 from deploykit.stages.quantize.account import account
 from deploykit.stages.quantize.placement import Plan, chosen, plan, unfit
 from deploykit.stages.quantize.presets import SCOPES, Preset, Target
-from tests.stages.quantize.test_graph import CONV, graph_of, normal
+from tests.formats.test_onnx_graph import CONV, graph_of, normal
 
 ORT = preset("ort-cpu", int8_dot_product=True)
 OPENVINO = preset("openvino", int8_dot_product=True)

@@ -28,7 +28,7 @@ from deploykit.stages.quantize.levels import FP8, INT4
 from deploykit.stages.quantize.prepare import prepare
 from deploykit.values import Array, Artifact
 from tests.conftest import FASHION
-from tests.stages.quantize.test_graph import CONV, normal, parsed, stored
+from tests.formats.test_onnx_graph import CONV, normal, parsed, stored
 from tests.stages.quantize.test_qdq import RUNTIMES, compute, follow, optimized, values
 
 needs_tensorrt = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))

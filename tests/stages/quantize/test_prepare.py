@@ -8,10 +8,11 @@ import pytest
 
 from deploykit.backends import open_session
 from deploykit.evaluation import collect
+from deploykit.formats.onnx_lift import OPSET
 from deploykit.stages.quantize import QuantizeOptions, quantize
-from deploykit.stages.quantize.prepare import NOT_FOLDED, OPSET, _rename, prepare
+from deploykit.stages.quantize.prepare import NOT_FOLDED, _rename, prepare
 from deploykit.values import Array
-from tests.stages.quantize.test_graph import CONV, normal, parsed, stored
+from tests.formats.test_onnx_graph import CONV, normal, parsed, stored
 from tests.stages.quantize.test_qdq import follow
 
 IMAGE = "(float[N,3,8,8] x) => (float[N,4,8,8] y)"

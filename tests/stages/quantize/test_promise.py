@@ -16,7 +16,7 @@ from deploykit.stages.quantize import Promise
 from deploykit.stages.quantize.lab import Lab
 from deploykit.stages.quantize.promise import looks
 from deploykit.values import Interval, Score
-from tests.stages.quantize.test_graph import normal, parsed, stored
+from tests.formats.test_onnx_graph import normal, parsed, stored
 from tests.stages.quantize.test_search import point
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from deploykit.formats.onnx_graph import Graph, channel_axis, with_constants
 from deploykit.stages.quantize import rounding
-from deploykit.stages.quantize.graph import Graph, channel_axis, with_constants
 from deploykit.stages.quantize.levels import INT7, INT8, Levels
 from deploykit.stages.quantize.qdq import integer_weights, weight_scales
 from deploykit.stages.quantize.rounding import adaptive
 from deploykit.values import Array
+from tests.formats.test_onnx_graph import graph_of, normal, outputs, parsed
 from tests.stages.quantize.test_channels import in_memory
-from tests.stages.quantize.test_graph import graph_of, normal, outputs, parsed
 
 INT4 = Levels(-8, 7, symmetric=True)
 """Coarse, so that rounding counts."""

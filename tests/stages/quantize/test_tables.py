@@ -18,7 +18,7 @@ from deploykit.stages.quantize import QuantizeOptions, quantize, tables
 from deploykit.stages.quantize.presets import Target
 from deploykit.values import Artifact
 from tests.fixtures_core import refused
-from tests.stages.quantize.test_graph import normal, parsed
+from tests.formats.test_onnx_graph import normal, parsed
 from tests.stages.quantize.test_search import float_names
 
 ROWS, WIDTH = 2048, 64

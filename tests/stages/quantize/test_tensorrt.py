@@ -9,9 +9,9 @@ import pytest
 
 from deploykit.dataset import Dataset
 from deploykit.stages.build import BuildOptions, build, unavailable
-from deploykit.stages.quantize import QuantizeOptions, quantize
+from deploykit.stages.quantize import QuantizeOptions, placement, quantize
 from deploykit.values import Artifact
-from tests.stages.quantize.test_graph import CONV, normal, parsed, stored
+from tests.formats.test_onnx_graph import CONV, normal, parsed, stored
 from tests.stages.quantize.test_qdq import CASES, IMAGE, TWO, Case
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -51,7 +51,10 @@ def built(source: Artifact, data: Dataset, folder: Path, **options: object) -> A
     return build(quantized, BuildOptions.model_validate(shapes), out=folder / "q.engine")
 
 
-@pytest.mark.parametrize("case", [*CASES.values(), *JOINED.values()], ids=[*CASES, *JOINED])
+IN_SCOPE = {name: case for name, case in (CASES | JOINED).items() if name != "depthwise"}
+
+
+@pytest.mark.parametrize("case", IN_SCOPE.values(), ids=IN_SCOPE)
 def test_all_that_computes_reads_integers(case: Case, tmp_path: Path) -> None:
     constants = {name: normal(*shape) for name, shape in case.constants.items()} | case.fixed
     source, data = stored(parsed(case.text, **constants), tmp_path, x=normal(12, *case.shape))
@@ -69,3 +72,27 @@ def test_what_is_kept_in_float_is_not_counted(
     )
     assert made.facts["compute_layers"] == 14
     assert made.facts["compute_layers_quantized"] == 12
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_depthwise_convolution_stays_in_float_and_the_engine_is_smaller(
+    channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (
+        "(float[N,256,8,8] x) => (float[N,256,8,8] y) { [one] h = Conv(x, w) r = Relu(h) "
+        f"[middle] k = Conv<pads=[1,1,1,1], group={256 // channels}>(r, v) s = Relu(k) "
+        "[two] y = Conv(s, u) }"
+    )
+    point = (256, 256, 1, 1)
+    model = parsed(text, w=normal(*point), v=normal(256, channels, 3, 3), u=normal(*point))
+    source, data = stored(model, tmp_path, x=normal(12, 256, 8, 8))
+    made = built(source, data, tmp_path, calibration_method="minmax")
+    assert made.facts["compute_layers_quantized"] == (2 if channels == 1 else 3)
+    told = [node["reason"] for node in made.history[-2].facts["float_nodes"]]
+    assert any("depthwise" in reason for reason in told) == (channels == 1)
+    if channels == 1:
+        (tmp_path / "all").mkdir()
+        monkeypatch.setattr(placement, "_is_depthwise", lambda *_: False)
+        larger = built(source, data, tmp_path / "all", calibration_method="minmax")
+        assert larger.facts["compute_layers_quantized"] == 3
+        assert made.path.stat().st_size < larger.path.stat().st_size

@@ -18,7 +18,7 @@ from deploykit.stages.quantize.placement import chosen
 from deploykit.stages.quantize.presets import SCOPES, Target
 from deploykit.stages.quantize.workshop import CORRECTIONS, Correction, Variant, Workshop
 from deploykit.values import Array, Artifact, SessionOptions
-from tests.stages.quantize.test_graph import normal, parsed, stored
+from tests.formats.test_onnx_graph import normal, parsed, stored
 from tests.stages.quantize.test_qdq import TARGETS, compute, dequantized, follow
 
 quantize_module = importlib.import_module("deploykit.stages.quantize")

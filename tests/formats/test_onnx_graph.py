@@ -8,7 +8,7 @@ import pytest
 
 from deploykit.dataset import Dataset, open_dataset
 from deploykit.formats import open_model
-from deploykit.stages.quantize.graph import (
+from deploykit.formats.onnx_graph import (
     Graph,
     channel_axis,
     drop_unused,

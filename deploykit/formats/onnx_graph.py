@@ -88,6 +88,13 @@ class Graph:
         named = {v.name for v in known if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
         return named - set(self.constants)
 
+    def is_float(self, name: str) -> bool:
+        """Whether this is a float32 initializer."""
+        import onnx
+
+        tensor = self.constants.get(name)
+        return tensor is not None and tensor.data_type == onnx.TensorProto.FLOAT
+
     def constant(self, name: str) -> Array | None:
         """The value of a float32 initializer, or None."""
         import onnx

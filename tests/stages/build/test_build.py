@@ -10,7 +10,7 @@ from deploykit import store
 from deploykit.dataset import Dataset
 from deploykit.errors import StageError, UsageError
 from deploykit.formats import open_model
-from deploykit.stages.build import BuildOptions, build, shape_profile, unavailable
+from deploykit.stages.build import BuildOptions, build, shape_profiles, unavailable
 from deploykit.stages.quantize import QuantizeOptions, quantize
 from deploykit.values import Artifact, TensorSpec
 
@@ -93,7 +93,7 @@ INPUT = TensorSpec(name="x", dtype="float32", shape=("batch", 3, "height"))
 
 
 def test_a_missing_bound_is_the_optimal_shape() -> None:
-    profile = shape_profile((INPUT,), BuildOptions(opt_shapes=("x:4x3x32",)))
+    (profile,) = shape_profiles((INPUT,), BuildOptions(opt_shapes=("x:4x3x32",)))
     assert profile == {"x": ((4, 3, 32),) * 3}
 
 
@@ -110,7 +110,7 @@ def test_a_missing_bound_is_the_optimal_shape() -> None:
 )
 def test_shapes_that_make_no_sense_are_refused(options: BuildOptions, told: str) -> None:
     with pytest.raises(UsageError, match=told):
-        shape_profile((INPUT,), options)
+        shape_profiles((INPUT,), options)
 
 
 def test_an_engine_without_its_record_is_not_opened(tmp_path: Path) -> None:

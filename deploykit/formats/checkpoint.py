@@ -1,0 +1,92 @@
+"""Weights of a PyTorch model: read without pickle, loaded whole."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deploykit._lazy import needs
+from deploykit.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load a checkpoint in place: `.safetensors`, or a `.pt`/`.pth` state dict without pickle.
+
+    Raises InputError: unreadable, unsafe, or its keys or shapes are not those of the model.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint", hint="correct --weights")
+    state = _read_state(path)
+    try:
+        missing, unknown = _assign(module, state)
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        raise InputError(
+            f"{path}: {lines[-1].strip()}",
+            hint="give the factory the arguments (--model-args) that this checkpoint was made with",
+        ) from error
+    if missing or unknown:
+        kinds = (("missing", missing), ("unknown", unknown))
+        parts = [f"{len(k)} {word} ({', '.join(sorted(k)[:3])})" for word, k in kinds if k]
+        raise InputError(
+            f"{path}: the keys are not those of the model: {'; '.join(parts)}",
+            hint="give the checkpoint of this model, or the factory that made it",
+        )
+    _check_finite(module, path)
+
+
+def _assign(module: nn.Module, state: Mapping[str, torch.Tensor]) -> tuple[set[str], set[str]]:
+    """Load a state dict; a key missing only because its tensor is shared is not missing."""
+    result = module.load_state_dict(state, strict=False)
+    own = module.state_dict(keep_vars=True)
+    loaded = {id(own[key]) for key in state if key in own}
+    missing = {key for key in result.missing_keys if id(own[key]) not in loaded}
+    return missing, set(result.unexpected_keys)
+
+
+def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
+    with needs("torch"):
+        import torch
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.load guesses at a pickle that it then refuses
+            safe = path.suffix == ".safetensors"
+            state = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
+    except SafetensorError as error:
+        raise InputError(
+            f"{path}: not a safetensors file: {error}", hint="save it again"
+        ) from error
+    except Exception as error:
+        said = str(error).partition("WeightsUnpickler error: ")[2].strip() or str(error)
+        reason = (said.splitlines() or [type(error).__name__])[0].partition(". Please ")[0][:120]
+        raise InputError(
+            f"{path}: refused, it is no plain state dict ({reason})",
+            hint="save model.state_dict() with safetensors.torch.save_file; pickles are never run",
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
+    ):
+        raise InputError(
+            f"{path}: not a state dict of tensors", hint="save model.state_dict() and nothing else"
+        )
+    return state
+
+
+def _check_finite(module: nn.Module, path: Path) -> None:
+    import torch
+
+    for key, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(
+                f"{path}: {key!r} has NaN or infinite values", hint="give a sound checkpoint"
+            )
