@@ -45,12 +45,12 @@ def _until_faster(
 ) -> Artifact:
     with Terminal() as terminal:
         terminal.step(str(source.path), f"prune for {options.speedup}x on {options.target}")
-        artifact, found = prune_until_faster(
+        artifact = prune_until_faster(
             source, options, out=output, data=data, force=force, progress=terminal.progress
         )
-        speed = found.speedup
-        told = f"{speed.value:.2f}x [{speed.low:.2f}, {speed.high:.2f}] in {options.precision}"
-        terminal.done(f"{told} on {options.target}, measured", cached=False)
+        speed = artifact.history[-1].facts["speedup_measured"]
+        told = f"{speed['value']:.2f}x [{speed['low']:.2f}, {speed['high']:.2f}]"
+        terminal.done(f"{told} in {options.precision} on {options.target}, measured", cached=False)
     return artifact
 
 

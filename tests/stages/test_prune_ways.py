@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from deploykit.backends.openvino import OpenVino
 from deploykit.dataset import Dataset
 from deploykit.errors import InputError, MissingError, UsageError
 from deploykit.formats import torch_folder
@@ -183,9 +184,10 @@ def test_a_layer_narrows_by_what_it_reads_and_writes() -> None:
     assert (found.inputs, found.outputs, found.groups) == (32, 32, 32)
 
 
-def test_a_table_knows_its_target() -> None:
-    with pytest.raises(MissingError, match="tensorrt does not run here"):
-        Table(PruneOptions(speedup=2, target="tensorrt"))
+def test_a_table_knows_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OpenVino, "unavailable", lambda _: "openvino is not installed")
+    with pytest.raises(MissingError, match="openvino cannot run here: openvino is not installed"):
+        Table(PruneOptions(speedup=2, target="openvino"))
 
 
 def test_the_fastest_block_is_taken() -> None:

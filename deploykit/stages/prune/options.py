@@ -71,7 +71,7 @@ class PruneOptions(Value):
         description="in place of a ratio: how many times as fast the model shall be on the target, "
         "such as 2x; widths follow from measured times of its layers",
     )
-    target: Literal["ort-cpu", "openvino", "tensorrt"] = Field(
+    target: Literal["ort-cpu", "openvino"] = Field(
         default="ort-cpu", description="the runtime that the speed-up is for"
     )
     precision: Literal["fp32", "int8"] = Field(

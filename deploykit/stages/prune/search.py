@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from deploykit.dataset import Dataset
-from deploykit.errors import AnswerIsNo
 from deploykit.formats.onnx_layer import LayerShape
 from deploykit.stages.prune import channels, widths
 from deploykit.stages.prune.channels import Account
@@ -25,7 +24,7 @@ from deploykit.stages.prune.table import Table, shapes
 if TYPE_CHECKING:
     import torch
 
-PROBE = 256
+PROBE = 128
 """Samples of the data on which the damage of a width is measured."""
 MOST_WIDTHS = 12
 """Widths that are tried of a group; more channels go in wider steps."""
@@ -48,10 +47,7 @@ class _Part:
 
 
 def prune_for_speed(surgeon: Surgeon, options: PruneOptions, data: Dataset | None) -> Account:
-    """Find widths by the table, and remove the rest.
-
-    Raises AnswerIsNo: even the narrowest widths do not reach the speed-up.
-    """
+    """Find widths by the table, and remove the rest; the narrowest ones where none is enough."""
     account = Account({group.root: group for group in surgeon.groups()})
     table = Table(options)
     groups = channels.free_groups(surgeon, options, account)
@@ -64,15 +60,9 @@ def prune_for_speed(surgeon: Surgeon, options: PruneOptions, data: Dataset | Non
     before = plan.time({})
     kept = plan.reach(before / (options.speedup or 1.0))
     after = plan.time(kept)
-    if after > before / (options.speedup or 1.0):
-        raise AnswerIsNo(
-            f"no widths give {options.speedup:.2f}x on {options.target} in {options.precision}: "
-            f"by the measured layers {before / after:.2f}x is the most",
-            hint="ask for less, loosen --keep, or take a lower precision",
-        )
     channels.carry_out(surgeon, groups, found, kept, account)
     account.more["layers_us_before"] = round(before, 1)
-    account.more["layers_us_after"] = round(plan.time(kept), 1)
+    account.more["layers_us_after"] = round(after, 1)
     account.more["speedup_by_table"] = round(before / after, 3)
     account.more["layers_measured"] = len(table)
     return account
