@@ -21,6 +21,7 @@ from deploykit.stages.prune import PruneOptions, prune
 from deploykit.stages.prune.masks import weakest_of_four
 from deploykit.stages.prune.options import OBSERVED
 from deploykit.stages.prune.search import _narrowed
+from deploykit.stages.prune.surgeon import Surgeon
 from deploykit.stages.prune.table import Table, fastest_block, shapes
 from deploykit.stages.prune.widths import shares
 from deploykit.values import Artifact
@@ -165,6 +166,23 @@ def test_heads_stay_whole_and_their_number_comes_back(counted: bool, tmp_path: P
 
 
 # For a speed-up
+
+
+def test_the_damage_of_channels_is_the_change_that_their_removal_makes(
+    teacher: Artifact, few: Dataset
+) -> None:
+    probe = few.matching(teacher.inputs)
+    surgeon = Surgeon(torch_folder.load(teacher), teacher.inputs)
+    group = next(g for g in surgeon.groups() if g.root == "layers.1.conv1")
+    before = {k: v.clone() for k, v in surgeon.module.state_dict().items()}
+    removals = [[], [0, 3], list(range(0, 40, 2))]
+    damage = surgeon.damage(group, removals, probe)
+    assert all(torch.equal(before[k], v) for k, v in surgeon.module.state_dict().items())
+    assert damage[0] == 0 < damage[1] < damage[2]
+    want = surgeon._collect(probe)
+    assert surgeon.remove(group, removals[2]) is None
+    change = (surgeon._collect(probe) - want).square().sum() / want.square().sum()
+    assert damage[2] == pytest.approx(float(change), rel=1e-4)
 
 
 def test_the_table_times_what_the_network_runs(teacher: Artifact) -> None:

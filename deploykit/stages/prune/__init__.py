@@ -13,7 +13,7 @@ from deploykit.formats.torch_folder import Description
 from deploykit.stages.prune import patterns
 from deploykit.stages.prune.channels import prune_by_ratio
 from deploykit.stages.prune.masks import mask
-from deploykit.stages.prune.options import PruneOptions
+from deploykit.stages.prune.options import OBSERVED, PruneOptions
 from deploykit.stages.prune.search import prune_for_speed
 from deploykit.stages.prune.surgeon import Surgeon
 from deploykit.stages.prune.widths import kept_channels
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["PruneOptions", "kept_channels", "prune"]
+__all__ = ["OBSERVED", "PruneOptions", "kept_channels", "prune"]
 
 LIBRARIES = ("torch", "torch-pruning")
 

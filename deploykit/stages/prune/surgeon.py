@@ -93,7 +93,9 @@ class Surgeon:
     def _collect(self, data: Dataset) -> torch.Tensor:
         import torch
 
-        runs = (torch_module.run(self.module, self.inputs, feed)[0] for feed, _ in data.batches(128))
+        runs = (
+            torch_module.run(self.module, self.inputs, feed)[0] for feed, _ in data.batches(128)
+        )
         return torch.cat([torch.from_numpy(array) for array in runs]).double()
 
     def _changes(self, group: Group, gone: int) -> list[dict[str, int]]:
