@@ -118,6 +118,11 @@ class Recipe(Value):
             raise ValueError("[distill] needs 'train' in [data]")
         if self.package.layout == "triton" and self.quantize.target == "openvino":
             raise ValueError("the triton layout does not serve openvino: take the plain layout")
+        if self.prune and self.prune.speedup and self.prune.target != self.quantize.target:
+            raise ValueError(
+                f"[prune] is for {self.prune.target} and [quantize] for {self.quantize.target}: "
+                "give both the same 'target'"
+            )
         if (self.prune or self.distill) and self.model.path and self.model.path.endswith(".onnx"):
             raise ValueError("[prune] and [distill] need a PyTorch model, this one is ONNX")
         return self

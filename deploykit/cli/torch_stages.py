@@ -10,25 +10,50 @@ import click
 from deploykit import store
 from deploykit.cli import COMMANDS, _common, _options
 from deploykit.cli._observer import Terminal
+from deploykit.dataset import Dataset
+from deploykit.faster import prune_until_faster
 from deploykit.report.differences import proof
 from deploykit.stages.distill import DistillOptions, distill
 from deploykit.stages.export import ExportOptions, export
 from deploykit.stages.prune import PruneOptions, prune
+from deploykit.values import Artifact
 
 
 @click.command("prune", help=COMMANDS["prune"][1])
 @click.argument("model")
 @_common.output_option
+@_common.data_option(required=False, text="What importance is seen on; 'target' may hold labels.")
 @_options.fields(PruneOptions)
 @_common.factory_options
 @_common.force_option
 @_common.json_option
-def prune_command(model: str, output: Path, *, force: bool, as_json: bool, **given: Any) -> None:
+def prune_command(
+    model: str, output: Path, *, data: str | None, force: bool, as_json: bool, **given: Any
+) -> None:
     """Remove channels."""
-    source = _common.model(model, given)
+    opened = _common.data(data)
+    source = _common.model(model, given, opened)
+    options = _options.make(PruneOptions, given)
     before = store.last_record(output)
-    artifact = prune(source, _options.make(PruneOptions, given), out=output, force=force)
+    if options.speedup is None:
+        artifact = prune(source, options, out=output, data=opened, force=force)
+    else:
+        artifact = _until_faster(source, options, output, data=opened, force=force)
     _common.made(artifact, before, as_json=as_json)
+
+
+def _until_faster(
+    source: Artifact, options: PruneOptions, output: Path, *, data: Dataset | None, force: bool
+) -> Artifact:
+    with Terminal() as terminal:
+        terminal.step(str(source.path), f"prune for {options.speedup}x on {options.target}")
+        artifact = prune_until_faster(
+            source, options, out=output, data=data, force=force, progress=terminal.progress
+        )
+        speed = artifact.history[-1].facts["speedup_measured"]
+        told = f"{speed['value']:.2f}x [{speed['low']:.2f}, {speed['high']:.2f}]"
+        terminal.done(f"{told} in {options.precision} on {options.target}, measured", cached=False)
+    return artifact
 
 
 @click.command("distill", help=COMMANDS["distill"][1])

@@ -39,6 +39,13 @@ class Model:
 
     module: nn.Module
     inputs: tuple[TensorSpec, ...]
+    sparse: tuple[str, ...] = ()
+    """Parameters whose zeros stay zero."""
+
+    def zeros(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        """The sparse parameters, each with where it is zero now."""
+        found = [self.module.get_parameter(name) for name in self.sparse]
+        return [(parameter, parameter.detach() == 0) for parameter in found]
 
     def logits(self, batch: Lesson) -> torch.Tensor:
         """The first output."""
@@ -58,7 +65,8 @@ def opened(artifact: Artifact) -> Model:
     """Load a model; weights with the channels last train faster on a processor."""
     import torch
 
-    model = Model(torch_folder.load(artifact), artifact.inputs)
+    sparse = torch_folder.describe(artifact.path).sparse
+    model = Model(torch_folder.load(artifact), artifact.inputs, sparse)
     if all(parameter.ndim <= 4 for parameter in model.module.parameters()):
         arrange(model.module, torch.channels_last)
     return model

@@ -17,7 +17,7 @@ from deploykit._lazy import needs
 from deploykit.dataset import Dataset
 from deploykit.errors import InputError, StageError
 from deploykit.formats import torch_folder
-from deploykit.stages._distill_lesson import (
+from deploykit.stages.distill.lesson import (
     Lesson,
     Model,
     arrange,
@@ -30,7 +30,6 @@ from deploykit.values import Artifact, Json, Value
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 LIBRARIES = ("torch",)
 MOMENTUM, WARM_UP = 0.9, 0.15
@@ -68,6 +67,8 @@ def distill(  # noqa: PLR0913 - a teacher and data beside what every stage takes
     progress: Progress | None = None,
 ) -> Artifact:
     """Train the weights of `student` to give what `teacher` gives on `data`; its shape stays.
+
+    So do the zeros of a model whose single weights were pruned.
 
     Raises InputError: a model is no torch artifact, the data does not fit, or the outputs of the
     two differ in shape. UsageError: no labels, and alpha below 1. StageError: the loss is no longer
@@ -180,7 +181,7 @@ def _train(
     size = min(options.batch_size, len(lesson))
     steps = len(lesson) // size  # the rest waits for the next epoch: one alone breaks batch norm
     total = steps * options.epochs
-    learn = _learner(pupil.module.train(), options, total)
+    learn = _learner(pupil, options, total)
     losses: list[float] = []
     marks = [time.monotonic()]
     for epoch, batch, soft in _batches(lesson, master, options, size):
@@ -221,14 +222,12 @@ def _batches(
             yield epoch, lesson.rows(rows), soft[rows]
 
 
-def _learner(
-    module: nn.Module, options: DistillOptions, total: int
-) -> Callable[[torch.Tensor], float]:
+def _learner(pupil: Model, options: DistillOptions, total: int) -> Callable[[torch.Tensor], float]:
     """SGD with Nesterov momentum under a one-cycle learning rate (Smith 2018, arXiv:1803.09820)."""
     import torch
 
     optimizer = torch.optim.SGD(
-        module.parameters(),
+        pupil.module.train().parameters(),
         options.learning_rate,
         momentum=MOMENTUM,
         nesterov=True,
@@ -238,10 +237,14 @@ def _learner(
         optimizer, options.learning_rate, total, pct_start=WARM_UP, cycle_momentum=False
     )
 
+    zeros = pupil.zeros()
+
     def step(loss: torch.Tensor) -> float:
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        for parameter, masked in zeros:
+            parameter.data.masked_fill_(masked, 0.0)
         schedule.step()
         return loss.item()
 
