@@ -14,7 +14,7 @@ from deploykit.dataset import Dataset
 from deploykit.environment import read as read_environment
 from deploykit.errors import AnswerIsNo, UsageError
 from deploykit.evaluation import collect, compare, evaluate
-from deploykit.measure import BenchOptions, Candidate, bench
+from deploykit.measure import BenchOptions, BenchResult, Candidate, bench
 from deploykit.report import timings
 from deploykit.report.differences import difference
 from deploykit.report.summary import interval
@@ -130,12 +130,21 @@ def bench_command(
         _common.show(result, "", as_json=True)
     else:
         timings.show(result, console_for_stdout())
+    _check_valid(result)
+
+
+def _check_valid(result: BenchResult) -> None:
+    """Raises AnswerIsNo: a measurement must not be used."""
     broken = [m for m in result.measurements if m.invalid]
-    if broken:
-        raise AnswerIsNo(
-            f"{broken[0].name} at batch {broken[0].batch_size} is invalid: {broken[0].invalid}",
-            hint=f"{len(broken)} of {len(result.measurements)} measurements must not be used",
-        )
+    if not broken:
+        return
+    hint = f"{len(broken)} of {len(result.measurements)} measurements must not be used"
+    if result.inputs == "random" and "cosine" in str(broken[0].invalid):
+        hint += "; random inputs lie where a quantized model was not calibrated: give real --data"
+    raise AnswerIsNo(
+        f"{broken[0].name} at batch {broken[0].batch_size} is invalid: {broken[0].invalid}",
+        hint=hint,
+    )
 
 
 def console_for_stdout() -> Any:

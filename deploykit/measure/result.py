@@ -138,6 +138,11 @@ class BenchResult(Value):
 
     model_config = ConfigDict(populate_by_name=True)
 
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Those that were measured, each once, in the order asked for."""
+        return tuple(dict.fromkeys(self.options.batch_sizes))
+
     def of(self, name: str, batch_size: int) -> Measurement:
         """The measurement of a candidate at a batch size. Raises UsageError: there is none."""
         found = {m.name: m for m in self.measurements if m.batch_size == batch_size}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deploykit.measure import BenchResult, statistics
+from deploykit.measure import BenchResult, Comparison, statistics
 from deploykit.report.summary import (
     DASH,
     HEADER,
@@ -14,6 +14,7 @@ from deploykit.report.summary import (
     measurement,
     notes,
     ran_as,
+    size,
     speedup,
     verdict_text,
 )
@@ -21,6 +22,7 @@ from deploykit.values import Measurement
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 
 def show_summary(summary: RunSummary, console: Console) -> None:
@@ -44,31 +46,76 @@ def _two_lines(cell: str) -> str:
 
 
 def show(result: BenchResult, console: Console) -> None:
-    """Print the measurements of a bench, each against the first."""
+    """Print the measurements of a bench: times beside the baseline's, then what is told apart."""
+    console.print(_times(result, narrow=console.width < WIDE))
+    console.print()
+    console.print(_apart(result))
+    console.print()
+    for line in (*_invalid(result), *_together(result), *_floors(result)):
+        console.print(line, markup=False)
+    for note in result.notes:
+        console.print(f"{note}.", markup=False)
+
+
+FIRST = ("engine", "batch", "ran as", "p50 ms", "p90 ms", "p99 ms", "samples/s")
+WIDE = 180
+"""Columns from which an interval fits beside its value."""
+
+
+def _times(result: BenchResult, *, narrow: bool) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    columns = ("engine", "batch", "ran as", "p50 ms", "p90 ms", "p99 ms", "samples/s", "speed-up")
-    table = Table(*columns, box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in (*FIRST, "speed-up", "claim"):
+        table.add_column(name, overflow="fold")
+    claims = {size: statistics.compare_all(result, size) for size in result.batch_sizes}
     for m in result.measurements:
         if m.invalid:
-            reason = escape(f"INVALID: {m.invalid}")
-            table.add_row(m.name, str(m.batch_size), reason, *[DASH] * 5)
+            table.add_row(m.name, str(m.batch_size), "INVALID", *[DASH] * 6)
             continue
         base = measurement(result, result.baseline, m.batch_size)
-        table.add_row(
-            m.name,
-            str(m.batch_size),
-            ran_as(m.placement.precisions),
+        numbers = (
             *(_percentile(m, q) for q in (50, 90, 99)),
             interval(statistics.throughput(m), 0),
             interval(speedup(base, m), 2, "x"),
         )
-    console.print(table)
-    for line in (*_together(result), _floor(result)):
-        console.print(line, markup=False)
-    for note in result.notes:
-        console.print(f"{note}.")
+        table.add_row(
+            m.name,
+            str(m.batch_size),
+            ran_as(m.placement.precisions),
+            *(_two_lines(number) if narrow else escape(number) for number in numbers),
+            _claim(m.name, result, claims[m.batch_size].get(m.name)),
+        )
+    return table
+
+
+def _claim(name: str, result: BenchResult, found: Comparison | None) -> str:
+    """What may be said of the speed-up, with its p-value."""
+    if found:
+        p = "p < 0.001" if found.p_value < 0.001 else f"p = {found.p_value:.3f}"
+        return f"{found.claim}, {p}"
+    return {result.baseline: "baseline", result.control: "control"}.get(name, DASH)
+
+
+def _apart(result: BenchResult) -> Table:
+    """Loading, the first run and memory: numbers that are none of the latency's."""
+    from rich.table import Table
+
+    columns = ("engine", "batch", "load ms", "first run ms", "peak memory", "processes", "calls")
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for m in result.measurements:
+        if not m.invalid:
+            table.add_row(
+                m.name,
+                str(m.batch_size),
+                f"{m.load_ns / 1e6:.1f}",
+                f"{m.first_run_ns / 1e6:.1f}",
+                size(m.peak_rss_bytes),
+                str(max(1, len(m.process_blocks))),
+                str(sum(map(len, m.blocks_ns))),
+            )
+    return table
 
 
 def _percentile(measured: Measurement, percent: float) -> str:
@@ -76,6 +123,14 @@ def _percentile(measured: Measurement, percent: float) -> str:
     if found := statistics.percentile_interval_ms(measured, percent):
         return interval(found, 3)
     return f">= {statistics.percentile_bound_ms(measured, percent):.3f}"
+
+
+def _invalid(result: BenchResult) -> list[str]:
+    return [
+        f"INVALID {m.name} (batch {m.batch_size}): {m.invalid}."
+        for m in result.measurements
+        if m.invalid
+    ]
 
 
 def _together(result: BenchResult) -> list[str]:
@@ -91,11 +146,25 @@ def _together(result: BenchResult) -> list[str]:
     return lines
 
 
-def _floor(result: BenchResult) -> str:
-    batch = result.options.batch_sizes[0]
-    pair = [result.of(name, batch) for name in (result.baseline, result.control)]
-    broken = next((m for m in pair if m.invalid), None)
-    if broken:
-        return f"No speed-up and no noise floor: {broken.name} is invalid."
-    floor = interval(statistics.noise_floor(result, batch), 3, "x")
-    return f"Speed-up over {result.baseline}; 95 % intervals; noise floor {floor}."
+def _floors(result: BenchResult) -> list[str]:
+    """What the speed-ups are over, with its time, and what is noise: a line a batch size."""
+    lines = []
+    for batch in result.batch_sizes:
+        pair = [result.of(name, batch) for name in (result.baseline, result.control)]
+        if broken := next((m for m in pair if m.invalid), None):
+            lines.append(
+                f"Batch {batch}: no speed-up and no noise floor: {broken.name} is invalid."
+            )
+            continue
+        floor = interval(statistics.noise_floor(result, batch), 3, "x")
+        lines.append(
+            f"Batch {batch}: speed-up over {result.baseline}, {_percentile(pair[0], 50)} ms; "
+            f"noise floor {floor}."
+        )
+    return [*lines, HOW_TO_READ]
+
+
+HOW_TO_READ = (
+    "Brackets are 95 % intervals. A claim needs p < 0.05, corrected for the number of engines "
+    "(Holm), and more than the noise floor."
+)

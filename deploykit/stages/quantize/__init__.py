@@ -203,6 +203,7 @@ def _found(lab: Lab, point: Point, probed: Json) -> Json:
         "held_back_samples": len(lab.held),
         "candidates": [p.told for p in lab.points],
         "pareto": [p.name for p in pareto(lab.points)],
+        "float_ms": lab.float_ms and round(lab.float_ms, 4),
         "float_score": lab.float_score and lab.float_score.score.value,
         "metric": lab.promise and lab.promise.metric,
         "max_drop": lab.promise and lab.float_score and lab.promise.limit(lab.float_score),

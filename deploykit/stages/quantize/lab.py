@@ -115,6 +115,8 @@ class Lab:
     """Nodes that break the model when quantized, with the reason."""
     damages: list[Damage] = field(default_factory=list)
     """What each node alone does, once that was measured."""
+    float_ms: float | None = None
+    """Median time of the float model, one sample, one thread, where points were last timed."""
 
     def __post_init__(self) -> None:
         self.options = SessionOptions(threads=read_environment().cores, simulate=self.simulate)
@@ -201,6 +203,7 @@ class Lab:
                 started = time.perf_counter()
                 calls[number]()
                 row[number] = time.perf_counter() - started
+        self.float_ms = 1e3 * float(np.median(times[:, 0]))
         ratios = np.exp(np.median(np.log(times / times[:, :1]), axis=0))
         return [
             self.know(replace(point, time_ratio=float(ratio), timed_as=point.name))
