@@ -288,6 +288,8 @@ class Measurement(Value):
     loads_ns: tuple[int, ...] = ()
     first_runs_ns: tuple[int, ...] = ()
     """Of each process."""
+    yardsticks_ns: tuple[int, ...] = ()
+    """Of each process: the time of a fixed piece of work, which tells of the machine alone."""
     placement: Placement
     peak_rss_bytes: int
     transfers: Literal["host to host"] = "host to host"

@@ -53,7 +53,7 @@ class Lane:
         self.cosines: dict[str, float] = {}
         self._setup, self._folder = setup, folder
         self._session_options = SessionOptions(threads=setup.options.threads)
-        self._opened = Opened(load_ns=0, first_run_ns=0, affinity=())
+        self._opened = Opened(load_ns=0, first_run_ns=0, yardstick_ns=0, affinity=())
         self._warmup_runs = 0
         self._finished = Finished(
             placement=Placement(provider="unknown", precisions={}), peak_rss_bytes=0
@@ -136,6 +136,7 @@ class Lane:
             options=self._session_options,
             load_ns=self._opened.load_ns,
             first_run_ns=self._opened.first_run_ns,
+            yardsticks_ns=(self._opened.yardstick_ns,) if self._opened.yardstick_ns else (),
             warmup_runs=self._warmup_runs,
             blocks_ns=tuple(self.blocks_ns),
             placement=self._finished.placement,

@@ -30,10 +30,12 @@ class Opened(Value):
 
     `load_ns` is the wall time of opening the session without that of import statements: reading
     the file, building and optimizing. `first_run_ns` is the first call, host to host.
+    `yardstick_ns` is the time of `timing.yardstick` before that.
     """
 
     load_ns: int
     first_run_ns: int
+    yardstick_ns: int
     affinity: tuple[int, ...]
 
 

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 from deploykit import _files, store
 from deploykit.environment import Environment
 from deploykit.errors import UsageError, did_you_mean
-from deploykit.values import Artifact, Measurement, Value, parse
+from deploykit.values import Artifact, Interval, Measurement, Score, Value, parse
 
 MIN_BLOCKS = 15
 """Fewer blocks carry no interval (google-benchmark and criterion take 15 and more)."""
@@ -109,6 +109,33 @@ class Instances(Value):
     invalid: str | None = None
 
 
+class Slowdown(Value):
+    """An engine's time beside that of an earlier run, as a ratio of medians; above 1 is slower."""
+
+    name: str
+    batch_size: int
+    slowdown: Interval
+    floor: float
+    """What is noise: the largest of the two runs' floors and of how much the machine changed."""
+    p_value: float
+    """That there is no difference; corrected for all engines (Holm 1979)."""
+    limit: float
+    """The share that it may be slower, 0.03 for 3 %."""
+    regressed: bool
+
+
+class Drop(Value):
+    """How much lower an engine scores than its reference."""
+
+    name: str
+    reference: str
+    metric: str
+    drop: Interval
+    limit: float
+    regressed: bool
+    """Above the limit, and not by chance: the interval lies above 0."""
+
+
 class BenchResult(Value):
     """All raw times of a run, and what is needed to judge them.
 
@@ -133,6 +160,11 @@ class BenchResult(Value):
     """Those of the notes that say what about the machine made the times noisy."""
     steal_share: float | None
     """Share of CPU time that the hypervisor gave to others during the run, where it is told."""
+    scores: dict[str, Score] = {}
+    """Of each engine, where a metric was asked for."""
+    slowdowns: tuple[Slowdown, ...] = ()
+    drops: tuple[Drop, ...] = ()
+    """What a gate found beside an earlier run."""
     notes: tuple[str, ...] = ()
     """What a reader must know before using the numbers, one sentence each."""
 

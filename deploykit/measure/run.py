@@ -219,6 +219,7 @@ def merged(parts: Sequence[Measurement]) -> Measurement:
             "first_run_ns": median_low(part.first_run_ns for part in parts),
             "loads_ns": tuple(part.load_ns for part in parts),
             "first_runs_ns": tuple(part.first_run_ns for part in parts),
+            "yardsticks_ns": tuple(time for part in parts for time in part.yardsticks_ns),
             "warmup_runs": sum(part.warmup_runs for part in parts),
             "blocks_ns": tuple(block for part in parts for block in part.blocks_ns),
             "process_blocks": tuple(len(part.blocks_ns) for part in parts),

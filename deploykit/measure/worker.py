@@ -31,7 +31,7 @@ from deploykit.measure.protocol import (
     Warmed,
     WarmUp,
 )
-from deploykit.measure.timing import Calls, ImportClock, time_block, warm_up
+from deploykit.measure.timing import Calls, ImportClock, time_block, warm_up, yardstick
 from deploykit.session import Session
 from deploykit.values import Array, Artifact, Feed, Placement, SessionOptions, Value
 
@@ -68,6 +68,7 @@ class Worker:
     def _open(self, request: Open) -> Opened:
         affinity = _pin(request.affinity)
         pool = feeds.read(request.feeds)
+        yardstick_ns = yardstick(perf_counter_ns)
         began = perf_counter_ns()
         with ImportClock(perf_counter_ns) as imports:
             self._session = self._opener(request.artifact, request.backend, request.options)
@@ -76,7 +77,12 @@ class Worker:
         feeds.write(request.outputs, outputs)
         self._compared = pool[: len(outputs)]
         self._calls = [self._session.prepare(feed) for feed in pool]
-        return Opened(load_ns=load_ns, first_run_ns=first_run_ns, affinity=affinity)
+        return Opened(
+            load_ns=load_ns,
+            first_run_ns=first_run_ns,
+            yardstick_ns=yardstick_ns,
+            affinity=affinity,
+        )
 
     def _warm_up(self, request: WarmUp) -> Warmed:
         warmed = warm_up(self._calls, request, perf_counter_ns)

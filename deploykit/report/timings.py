@@ -18,7 +18,7 @@ from deploykit.report.summary import (
     speedup,
     verdict_text,
 )
-from deploykit.values import Measurement
+from deploykit.values import Interval, Measurement
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +51,8 @@ def show(result: BenchResult, console: Console) -> None:
     console.print()
     console.print(_apart(result))
     console.print()
-    for line in (*_invalid(result), *_together(result), *_floors(result)):
+    told = (*_invalid(result), *_together(result), *_floors(result), *_kept(result))
+    for line in told:
         console.print(line, markup=False)
     for note in result.notes:
         console.print(f"{note}.", markup=False)
@@ -93,9 +94,17 @@ def _times(result: BenchResult, *, narrow: bool) -> Table:
 def _claim(name: str, result: BenchResult, found: Comparison | None) -> str:
     """What may be said of the speed-up, with its p-value."""
     if found:
-        p = "p < 0.001" if found.p_value < 0.001 else f"p = {found.p_value:.3f}"
-        return f"{found.claim}, {p}"
+        return f"{found.claim}, {_p(found.p_value)}"
     return {result.baseline: "baseline", result.control: "control"}.get(name, DASH)
+
+
+def _score(result: BenchResult, name: str) -> Interval | None:
+    found = result.scores.get(name)
+    return found.score if found else None
+
+
+def _p(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
 def _apart(result: BenchResult) -> Table:
@@ -103,7 +112,8 @@ def _apart(result: BenchResult) -> Table:
     from rich.table import Table
 
     columns = ("engine", "batch", "load ms", "first run ms", "peak memory", "processes", "calls")
-    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    metric = {score.metric for score in result.scores.values()}
+    table = Table(*columns, *metric, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for m in result.measurements:
         if not m.invalid:
             table.add_row(
@@ -114,6 +124,7 @@ def _apart(result: BenchResult) -> Table:
                 size(m.peak_rss_bytes),
                 str(max(1, len(m.process_blocks))),
                 str(sum(map(len, m.blocks_ns))),
+                *([interval(_score(result, m.name), 4)] if result.scores else []),
             )
     return table
 
@@ -130,6 +141,21 @@ def _invalid(result: BenchResult) -> list[str]:
         f"INVALID {m.name} (batch {m.batch_size}): {m.invalid}."
         for m in result.measurements
         if m.invalid
+    ]
+
+
+def _kept(result: BenchResult) -> list[str]:
+    """What a gate found, a line each."""
+    slower = [
+        f"{s.name} (batch {s.batch_size}): {interval(s.slowdown, 3, 'x')} the time of the earlier "
+        f"run, {_p(s.p_value)}, noise floor {s.floor:.3f}x: "
+        f"{'REGRESSION' if s.regressed else 'no regression'} (allowed {1 + s.limit:.3f}x)."
+        for s in result.slowdowns
+    ]
+    return slower + [
+        f"{d.name}: {d.metric} {interval(d.drop, 4)} lower than {d.reference}: "
+        f"{'LOST TOO MUCH' if d.regressed else 'kept'} (allowed {d.limit:g})."
+        for d in result.drops
     ]
 
 
