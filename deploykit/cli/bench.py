@@ -17,6 +17,7 @@ from deploykit.environment import read as read_environment
 from deploykit.errors import AnswerIsNo, UsageError
 from deploykit.evaluation import collect, score
 from deploykit.measure import BenchOptions, BenchResult, Candidate, bench, gate, host, read_result
+from deploykit.measure.selftest import self_test
 from deploykit.report import timings
 from deploykit.report.summary import interval
 from deploykit.values import Artifact, Score, SessionOptions
@@ -92,14 +93,21 @@ def _limit_options(command: F) -> F:
 
 
 @click.command("bench", help=COMMANDS["bench"][1])
-@click.argument("models", nargs=-1, required=True)
+@click.argument("models", nargs=-1)
+@click.option(
+    "--self-test",
+    is_flag=True,
+    help="Bench fakes of known behaviour, no model, and show whether the truth is recovered.",
+)
 @click.option(
     "--backend",
     "names",
     multiple=True,
     help="As `deploykit doctor` names them; by default all but pytorch-compile.",
 )
-@_common.data_option(text="Inputs to run; the word 'random' makes some up and marks the result.")
+@_common.data_option(
+    required=False, text="Inputs to run; the word 'random' makes some up and marks the result."
+)
 @_options.fields(BenchOptions)
 @_limit_options
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Keep all samples as JSON.")
@@ -110,13 +118,20 @@ def bench_command(
     models: tuple[str, ...],
     *,
     names: tuple[str, ...],
-    data: str,
+    data: str | None,
     output: Path | None,
     force: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
     """Time models."""
+    if given["self_test"]:
+        _self_test(as_json=as_json)
+        return
+    if not models or data is None:
+        raise UsageError(
+            "bench needs a model and --data", hint="as in: bench net.onnx --data evaluation.npz"
+        )
     options, limits = _options.make(BenchOptions, given), _limits(given)
     opened = None if data == "random" else _common.required_data(data)
     _check_output(output, force=force)
@@ -141,6 +156,24 @@ def bench_command(
     _check_valid(result)
     _check_undisturbed(result.disturbances, limits)
     _check_kept(result)
+
+
+def _self_test(*, as_json: bool) -> None:
+    """Raises AnswerIsNo: a truth was not recovered."""
+    with Terminal() as terminal:
+        terminal.step("bench", "fakes of known behaviour")
+        found = self_test(lambda text, done, total: terminal.progress(done, total, text))
+    if as_json:
+        _common.show(found, "", as_json=True)
+    else:
+        timings.show_self_test(found, console_for_stdout())
+    wrong = [check for check in found.checks if not check.passed]
+    if wrong:
+        noise = f" ({'; '.join(found.disturbances)})" if found.disturbances else ""
+        raise AnswerIsNo(
+            f"{wrong[0].behaviour}: the truth is {wrong[0].truth}, the bench says {wrong[0].found}",
+            hint=f"repeat it on a quiet machine{noise}; what fails there too is a bug to report",
+        )
 
 
 def _check_output(output: Path | None, *, force: bool) -> None:

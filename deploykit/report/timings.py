@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from deploykit.measure import BenchResult, Comparison, statistics
+from deploykit.measure.selftest import SelfTest
 from deploykit.report.summary import (
     DASH,
     HEADER,
@@ -127,6 +128,20 @@ def _apart(result: BenchResult) -> Table:
                 *([interval(_score(result, m.name), 4)] if result.scores else []),
             )
     return table
+
+
+def show_self_test(found: SelfTest, console: Console) -> None:
+    """Print what is true of each fake, and what the bench said of it."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("fake", "truth", "the bench says", "", box=None, padding=(0, 2, 0, 0))
+    for check in found.checks:
+        verdict = "recovered" if check.passed else "WRONG"
+        table.add_row(check.behaviour, check.truth, escape(check.found), verdict)
+    console.print(table)
+    for note in found.disturbances:
+        console.print(f"{note}.", markup=False)
 
 
 def _percentile(measured: Measurement, percent: float) -> str:
