@@ -254,6 +254,9 @@ class Kernel(Value):
     precision: str = ""
     provider: str = ""
     """In which, and where, it ran; empty where the runtime does not say."""
+    nodes: tuple[str, ...] = ()
+    module: str | None = None
+    """Of the ONNX file and of the PyTorch model that it is for, where the files tell."""
 
 
 class SessionOptions(Value):

@@ -111,6 +111,7 @@ def _limit_options(command: F) -> F:
 @_options.fields(BenchOptions)
 @_limit_options
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Keep all samples as JSON.")
+@click.option("--layers", type=click.IntRange(0), default=0, help="Show so many longest kernels.")
 @_common.force_option
 @_common.factory_options
 @_common.json_option
@@ -152,7 +153,7 @@ def bench_command(
     if as_json:
         _common.show(result, "", as_json=True)
     else:
-        timings.show(result, console_for_stdout())
+        timings.show(result, console_for_stdout(), layers=given["layers"])
     _check_valid(result)
     _check_undisturbed(result.disturbances, limits)
     _check_kept(result)

@@ -18,6 +18,7 @@ from typing import BinaryIO
 from deploykit.backends import open_session
 from deploykit.errors import DeploykitError
 from deploykit.measure import feeds
+from deploykit.measure.layers import located
 from deploykit.measure.protocol import (
     REQUEST,
     Failed,
@@ -47,6 +48,7 @@ class Worker:
 
     def __init__(self, opener: Opener) -> None:
         self._opener = opener
+        self._artifact: Artifact
         self._session: Session
         self._calls: Calls
         self._compared: Sequence[Feed]
@@ -66,7 +68,7 @@ class Worker:
                 return self._finish(request)
 
     def _open(self, request: Open) -> Opened:
-        affinity = _pin(request.affinity)
+        affinity, self._artifact = _pin(request.affinity), request.artifact
         pool = feeds.read(request.feeds)
         yardstick_ns = yardstick(perf_counter_ns)
         began = perf_counter_ns()
@@ -98,7 +100,7 @@ class Worker:
         first = self._compared[0]
         return Finished(
             placement=self._session.placement(first),
-            kernels=self._session.kernels(first, request.profile_runs),
+            kernels=located(self._session.kernels(first, request.profile_runs), self._artifact),
             peak_rss_bytes=peak,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deploykit.measure import BenchResult, Comparison, statistics
+from deploykit.measure import BenchResult, Comparison, proof, statistics
 from deploykit.measure.selftest import SelfTest
 from deploykit.report.summary import (
     DASH,
@@ -19,7 +19,7 @@ from deploykit.report.summary import (
     speedup,
     verdict_text,
 )
-from deploykit.values import Interval, Measurement
+from deploykit.values import Interval, Kernel, Measurement
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,13 +46,24 @@ def _two_lines(cell: str) -> str:
     return cell.replace(" [", "\n\\[").replace(", fp32", "\nfp32")
 
 
-def show(result: BenchResult, console: Console) -> None:
-    """Print the measurements of a bench: times beside the baseline's, then what is told apart."""
+def show(result: BenchResult, console: Console, *, layers: int = 0) -> None:
+    """Print the measurements of a bench: times beside the baseline's, then what is told apart.
+
+    `layers` is how many of each engine's longest kernels are shown.
+    """
     console.print(_times(result, narrow=console.width < WIDE))
     console.print()
     console.print(_apart(result))
     console.print()
-    told = (*_invalid(result), *_together(result), *_floors(result), *_kept(result))
+    if layers:
+        _show_layers(result, layers, console)
+    told = (
+        *_invalid(result),
+        *_together(result),
+        *_floors(result),
+        *_overhead(result),
+        *_kept(result),
+    )
     for line in told:
         console.print(line, markup=False)
     for note in result.notes:
@@ -157,6 +168,53 @@ def _invalid(result: BenchResult) -> list[str]:
         for m in result.measurements
         if m.invalid
     ]
+
+
+def _show_layers(result: BenchResult, count: int, console: Console) -> None:
+    """A table of the longest kernels of each engine, at the first batch size."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    for m in _profiled(result):
+        whole = sum(kernel.microseconds for kernel in m.kernels) or 1
+        table = Table("kernel", "us", "share", "ran as", "for", title=escape(m.name), box=None)
+        for k in m.kernels[:count]:
+            share = f"{k.microseconds / whole:.1%}"
+            time = f"{k.microseconds:.1f}"
+            table.add_row(k.operator, time, share, k.precision or DASH, escape(_origin(k)))
+        console.print(table)
+        console.print()
+
+
+def _origin(kernel: Kernel) -> str:
+    """The module and the nodes that a kernel is for, else what the runtime calls it."""
+    nodes = ", ".join(kernel.nodes or kernel.names)
+    known = [part for part in (kernel.module, nodes) if part]
+    return ": ".join(dict.fromkeys(known)) or DASH
+
+
+def _profiled(result: BenchResult) -> list[Measurement]:
+    first = result.batch_sizes[0]
+    return [
+        m
+        for m in result.measurements
+        if m.kernels and not m.invalid and m.batch_size == first and m.name != result.control
+    ]
+
+
+def _overhead(result: BenchResult) -> list[str]:
+    """Engines that spend much of their time on no operator of the model."""
+    lines = []
+    for m in _profiled(result):
+        alone, moved = (proof.share_of(m.kernels, o) for o in (proof.ALONE, proof.REFORMATTING))
+        parts = ((alone, "quantizing and dequantizing alone"), (moved, "reformatting and casting"))
+        if told := [f"{share:.0%} on {what}" for share, what in parts if share >= WORTH_TELLING]:
+            lines.append(f"{m.name}: spends {' and '.join(told)}.")
+    return lines
+
+
+WORTH_TELLING = 0.05
+"""Share of the kernels' time."""
 
 
 def _kept(result: BenchResult) -> list[str]:
