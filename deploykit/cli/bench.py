@@ -298,9 +298,10 @@ def _check_undisturbed(disturbances: Sequence[str], limits: Limits) -> None:
 
 
 def _check_valid(result: BenchResult) -> None:
-    """Raises AnswerIsNo: a measurement must not be used."""
+    """Raises AnswerIsNo: a measurement must not be used, or an objective holds at no rate."""
     broken = [m for m in result.measurements if m.invalid]
     if not broken:
+        _check_scenarios(result)
         return
     hint = f"{len(broken)} of {len(result.measurements)} measurements must not be used"
     if result.inputs == "random" and "cosine" in str(broken[0].invalid):
@@ -309,6 +310,23 @@ def _check_valid(result: BenchResult) -> None:
         f"{broken[0].name} at batch {broken[0].batch_size} is invalid: {broken[0].invalid}",
         hint=hint,
     )
+
+
+def _check_scenarios(result: BenchResult) -> None:
+    for run in result.scenarios:
+        if not run.valid:
+            why = run.invalid or run.reason
+            raise AnswerIsNo(
+                f"the {run.scenario} scenario of {run.name} is invalid: {why}",
+                hint="what it printed must not be used",
+            )
+    for search in result.slos:
+        if search.rate is None:
+            raise AnswerIsNo(
+                f"{search.name} holds {search.slo} at no rate"
+                + (f": {search.invalid}" if search.invalid else ""),
+                hint="allow a longer latency, or take a faster engine",
+            )
 
 
 def console_for_stdout() -> Any:

@@ -26,6 +26,8 @@ STALL_CALLS, STALL_MS = 50, 50
 """One call of so many takes so much longer."""
 SLOW_OF_FIVE, SLOWER = 2, 3
 """Of five calls of `bimodal`, so many take so many times as long."""
+LATE_CALL = 300
+"""The call at which `late-crash` and `late-hang` do: not while they are timed, in a short run."""
 DOUBLED_NS = 700_000_000
 """A call of `drift` takes twice as long each time that so much time has passed."""
 
@@ -71,6 +73,8 @@ class FakeSession:
         self.began = self.began or perf_counter_ns()
         if number == 20:
             self._fate()
+        if number == LATE_CALL:
+            self._late_fate()
         if self.behaviour == "stall" and number % STALL_CALLS == STALL_CALLS - 1:
             sleep(STALL_MS / 1e3)
         if self.behaviour == "talk":
@@ -101,6 +105,12 @@ class FakeSession:
                 raise ArithmeticError("no luck\nsecond line")
             case _:
                 pass
+
+    def _late_fate(self) -> None:
+        if self.behaviour == "late-crash":
+            raise RuntimeError("late")
+        if self.behaviour == "late-hang":
+            Event().wait()
 
     def placement(self, feed: Mapping[str, Any]) -> Placement:
         """One node, in the precision of the behaviour."""

@@ -11,6 +11,8 @@ from typing import Self
 from deploykit.measure import feeds, outputs, proof
 from deploykit.measure.child import Child, ChildError
 from deploykit.measure.protocol import (
+    Drive,
+    Driven,
     Finish,
     Finished,
     Open,
@@ -106,6 +108,10 @@ class Lane:
         request = Time(start=start, budget_ns=int(self._setup.options.effort.block_ms * 1e6))
         if timed := self._ask(request, Timed, request.budget_ns):
             self.blocks_ns.append(timed.calls_ns)
+
+    def drive(self, request: Drive, seconds: float) -> Driven | None:
+        """Let LoadGen run a scenario; void if it takes longer than `seconds` and the silence."""
+        return self._ask(request, Driven, int(seconds * 1e9))
 
     def finish(self, *, account: bool) -> None:
         """Run the first feeds again: outputs that changed void the times.

@@ -21,6 +21,7 @@ from deploykit.measure import feeds
 from deploykit.measure.layers import located
 from deploykit.measure.protocol import (
     REQUEST,
+    Drive,
     Failed,
     Finish,
     Finished,
@@ -64,6 +65,10 @@ class Worker:
             case Time():
                 timed = time_block(self._calls, request.start, request.budget_ns, perf_counter_ns)
                 return Timed(calls_ns=timed)
+            case Drive():
+                from deploykit.measure.loadgen import drive
+
+                return drive(self._calls, request)
             case Finish():
                 return self._finish(request)
 

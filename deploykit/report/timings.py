@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from deploykit.measure import BenchResult, Comparison, proof, statistics
+from deploykit.measure.result import ScenarioRun
 from deploykit.measure.selftest import SelfTest
 from deploykit.report.summary import (
     DASH,
@@ -57,15 +58,9 @@ def show(result: BenchResult, console: Console, *, layers: int = 0) -> None:
     console.print()
     if layers:
         _show_layers(result, layers, console)
-    told = (
-        *_invalid(result),
-        *_together(result),
-        *_floors(result),
-        *_overhead(result),
-        *_kept(result),
-    )
-    for line in told:
-        console.print(line, markup=False)
+    for tell in (_invalid, _together, _scenarios, _floors, _overhead, _kept):
+        for line in tell(result):
+            console.print(line, markup=False)
     for note in result.notes:
         console.print(f"{note}.", markup=False)
 
@@ -243,6 +238,39 @@ def _together(result: BenchResult) -> list[str]:
         rate = interval(statistics.throughput_together(each), 0)
         lines.append(f"{told}{rate} samples/s{', sharing cores' if each.shared else ''}")
     return lines
+
+
+def _scenarios(result: BenchResult) -> list[str]:
+    """What LoadGen says, a line each."""
+    lines = [f"{run.scenario} by LoadGen: {run.name}: {_played(run)}." for run in result.scenarios]
+    for search in result.slos:
+        if search.invalid:
+            told = f"INVALID: {search.invalid}"
+        elif search.rate is None:
+            told = f"no rate holds {search.slo}"
+        else:
+            told = (
+                f"holds {search.slo} up to {search.rate:.4g} samples/s (confirmed for "
+                f"{search.runs[-1].seconds:g} s with another seed: {_played(search.runs[-1])})"
+            )
+        lines.append(f"server by LoadGen: {search.name}: {told}.")
+    return [*lines, LOADGEN] if lines else []
+
+
+LOADGEN = (
+    "Latency of scenarios is from the scheduled arrival to the end. These are no MLPerf results."
+)
+
+
+def _played(run: ScenarioRun) -> str:
+    if run.invalid:
+        return f"INVALID: {run.invalid}"
+    told = [f"{run.rate:.4g}/s asked"] if run.rate else []
+    if run.samples_per_second:
+        told.append(f"{run.samples_per_second:.4g} samples/s")
+    told += [f"{p} {time:.3f} ms" for p, time in run.latencies_ms.items()]
+    told.append(f"{run.queries} queries")
+    return ", ".join(told) + ("" if run.valid else f", LoadGen says INVALID: {run.reason}")
 
 
 def _floors(result: BenchResult) -> list[str]:
