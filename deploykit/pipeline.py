@@ -272,6 +272,7 @@ def _summarize(run: Run, result: BenchResult, verdict: Verdict) -> RunSummary:
         metric=run.recipe.gates.metric,
         target=run.target,
         rows=tuple(rows),
+        baselines={"vs PyTorch": baselines[0], "vs FP32 ONNX": baselines[1]},
         noise_floor=statistics.noise_floor(result, _latency_batch(result)),
         verdict=verdict,
         environment=result.environment,

@@ -254,6 +254,9 @@ class Kernel(Value):
     precision: str = ""
     provider: str = ""
     """In which, and where, it ran; empty where the runtime does not say."""
+    nodes: tuple[str, ...] = ()
+    module: str | None = None
+    """Of the ONNX file and of the PyTorch model that it is for, where the files tell."""
 
 
 class SessionOptions(Value):
@@ -288,6 +291,8 @@ class Measurement(Value):
     loads_ns: tuple[int, ...] = ()
     first_runs_ns: tuple[int, ...] = ()
     """Of each process."""
+    yardsticks_ns: tuple[int, ...] = ()
+    """Of each process: the time of a fixed piece of work, which tells of the machine alone."""
     placement: Placement
     peak_rss_bytes: int
     transfers: Literal["host to host"] = "host to host"

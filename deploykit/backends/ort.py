@@ -21,7 +21,7 @@ from deploykit.errors import MissingError
 from deploykit.values import Array, Artifact, Feed, Format, Kernel, Placement, SessionOptions
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
-_MADE_UP = re.compile(r"^fused |(_token_\d+|_nchwc)*_kernel_time$")
+_MADE_UP = re.compile(r"^fused |(/\w+Fusion/?|_token_\d+|_nchwc)*_kernel_time$")
 """What ONNX Runtime puts around the name of the node, or of the tensor, that a kernel is for."""
 _TYPES = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "int8", "uint8": "int8"}
 

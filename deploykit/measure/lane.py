@@ -11,6 +11,8 @@ from typing import Self
 from deploykit.measure import feeds, outputs, proof
 from deploykit.measure.child import Child, ChildError
 from deploykit.measure.protocol import (
+    Drive,
+    Driven,
     Finish,
     Finished,
     Open,
@@ -53,7 +55,7 @@ class Lane:
         self.cosines: dict[str, float] = {}
         self._setup, self._folder = setup, folder
         self._session_options = SessionOptions(threads=setup.options.threads)
-        self._opened = Opened(load_ns=0, first_run_ns=0, affinity=())
+        self._opened = Opened(load_ns=0, first_run_ns=0, yardstick_ns=0, affinity=())
         self._warmup_runs = 0
         self._finished = Finished(
             placement=Placement(provider="unknown", precisions={}), peak_rss_bytes=0
@@ -107,6 +109,10 @@ class Lane:
         if timed := self._ask(request, Timed, request.budget_ns):
             self.blocks_ns.append(timed.calls_ns)
 
+    def drive(self, request: Drive, seconds: float) -> Driven | None:
+        """Let LoadGen run a scenario; void if it takes longer than `seconds` and the silence."""
+        return self._ask(request, Driven, int(seconds * 1e9))
+
     def finish(self, *, account: bool) -> None:
         """Run the first feeds again: outputs that changed void the times.
 
@@ -136,6 +142,7 @@ class Lane:
             options=self._session_options,
             load_ns=self._opened.load_ns,
             first_run_ns=self._opened.first_run_ns,
+            yardsticks_ns=(self._opened.yardstick_ns,) if self._opened.yardstick_ns else (),
             warmup_runs=self._warmup_runs,
             blocks_ns=tuple(self.blocks_ns),
             placement=self._finished.placement,

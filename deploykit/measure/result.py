@@ -10,7 +10,8 @@ from pydantic import ConfigDict, Field
 from deploykit import _files, store
 from deploykit.environment import Environment
 from deploykit.errors import UsageError, did_you_mean
-from deploykit.values import Artifact, Measurement, Value, parse
+from deploykit.measure.protocol import Scenario
+from deploykit.values import Artifact, Interval, Measurement, Score, Value, parse
 
 MIN_BLOCKS = 15
 """Fewer blocks carry no interval (google-benchmark and criterion take 15 and more)."""
@@ -54,6 +55,15 @@ class BenchOptions(Value):
     )
     instances: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (), description="How many at the same time, for throughput: each number is measured apart."
+    )
+    scenarios: tuple[Scenario, ...] = Field(
+        (),
+        description="Played by MLPerf LoadGen after that, for the preset's time each: "
+        "single-stream, multi-stream, offline, server. No MLPerf results.",
+    )
+    slo: str | None = Field(
+        None,
+        description="As in p99=5ms: find the highest rate of Poisson arrivals that holds it.",
     )
     threads: int = Field(1, ge=1, description="Threads and CPU cores of each model.")
     preset: Preset = Field(
@@ -109,6 +119,74 @@ class Instances(Value):
     invalid: str | None = None
 
 
+class ScenarioRun(Value):
+    """One scenario, as LoadGen tells it; latency is a query's, from when it was scheduled."""
+
+    name: str
+    batch_size: int
+    """Samples in one call; a query of the server scenario has one."""
+    scenario: Scenario
+    seconds: float
+    seed: int
+    rate: float | None
+    """Samples a second that were to arrive, of the server scenario."""
+    affinity: tuple[int, ...]
+    queries: int = 0
+    samples_per_second: float | None = None
+    """Completed; LoadGen does not tell it of every scenario."""
+    latencies_ms: dict[str, float] = {}
+    """By percentile, as in `p99`, where the queries are enough to tell it."""
+    late: int = 0
+    """Queries over the latency bound."""
+    valid: bool = False
+    reason: str = ""
+    early_stopping: str = ""
+    """LoadGen's verdict, and why."""
+    loadgen: str = ""
+    """Its version."""
+    invalid: str | None = None
+    """Why there is no result: a crash, a hang, outputs that changed."""
+
+
+class SloSearch(Value):
+    """The highest rate at which a latency objective holds."""
+
+    name: str
+    batch_size: int
+    slo: str
+    rate: float | None
+    """Samples a second, confirmed with another seed; None where none was."""
+    runs: tuple[ScenarioRun, ...]
+    invalid: str | None = None
+
+
+class Slowdown(Value):
+    """An engine's time beside that of an earlier run, as a ratio of medians; above 1 is slower."""
+
+    name: str
+    batch_size: int
+    slowdown: Interval
+    floor: float
+    """What is noise: the largest of the two runs' floors and of how much the machine changed."""
+    p_value: float
+    """That there is no difference; corrected for all engines (Holm 1979)."""
+    limit: float
+    """The share that it may be slower, 0.03 for 3 %."""
+    regressed: bool
+
+
+class Drop(Value):
+    """How much lower an engine scores than its reference."""
+
+    name: str
+    reference: str
+    metric: str
+    drop: Interval
+    limit: float
+    regressed: bool
+    """Above the limit, and not by chance: the interval lies above 0."""
+
+
 class BenchResult(Value):
     """All raw times of a run, and what is needed to judge them.
 
@@ -120,6 +198,8 @@ class BenchResult(Value):
     control: str
     measurements: tuple[Measurement, ...]
     instances: tuple[Instances, ...] = ()
+    scenarios: tuple[ScenarioRun, ...] = ()
+    slos: tuple[SloSearch, ...] = ()
     options: BenchOptions
     inputs: Literal["real", "random"]
     data_digest: str | None
@@ -133,10 +213,20 @@ class BenchResult(Value):
     """Those of the notes that say what about the machine made the times noisy."""
     steal_share: float | None
     """Share of CPU time that the hypervisor gave to others during the run, where it is told."""
+    scores: dict[str, Score] = {}
+    """Of each engine, where a metric was asked for."""
+    slowdowns: tuple[Slowdown, ...] = ()
+    drops: tuple[Drop, ...] = ()
+    """What a gate found beside an earlier run."""
     notes: tuple[str, ...] = ()
     """What a reader must know before using the numbers, one sentence each."""
 
     model_config = ConfigDict(populate_by_name=True)
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Those that were measured, each once, in the order asked for."""
+        return tuple(dict.fromkeys(self.options.batch_sizes))
 
     def of(self, name: str, batch_size: int) -> Measurement:
         """The measurement of a candidate at a batch size. Raises UsageError: there is none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import product
 from math import ceil
 from pathlib import Path
@@ -15,13 +16,23 @@ from time import monotonic
 import numpy as np
 
 from deploykit import environment
+from deploykit._lazy import INSTALL, installed
 from deploykit.dataset import Dataset
-from deploykit.errors import UsageError
+from deploykit.errors import MissingError, UsageError
 from deploykit.measure import feeds, host
 from deploykit.measure.child import WORKER
 from deploykit.measure.instances import split_cores, together
 from deploykit.measure.lane import Lane, Setup
-from deploykit.measure.result import MIN_BLOCKS, BenchOptions, BenchResult, Candidate, Instances
+from deploykit.measure.result import (
+    MIN_BLOCKS,
+    BenchOptions,
+    BenchResult,
+    Candidate,
+    Instances,
+    ScenarioRun,
+    SloSearch,
+)
+from deploykit.measure.scenarios import Player, highest_rate, parse_slo, size_for
 from deploykit.values import Measurement
 
 Progress = Callable[[str, int, int], None]
@@ -48,6 +59,7 @@ def bench(
     so. A candidate that fails, hangs, crashes, gives wrong outputs, or ran in another place or
     precision than asked for has an `invalid` measurement; the others go on.
     Raises UsageError or InputError: the models, the data and the options do not fit together.
+    MissingError: scenarios are asked for, and LoadGen is not installed.
     ResourceError: no space for the pool of feeds.
     """
     _check(candidates, options)
@@ -66,6 +78,8 @@ def bench(
         control=control.name,
         measurements=tuple(run.measurements),
         instances=tuple(run.instances),
+        scenarios=tuple(run.scenarios),
+        slos=tuple(run.slos),
         options=options,
         inputs="real" if data else "random",
         data_digest=data.digest if data else None,
@@ -86,6 +100,10 @@ def _check(candidates: Sequence[Candidate], options: BenchOptions) -> None:
     if twice := [name for name in names if names.count(name) > 1]:
         raise UsageError(f"two models are called {twice[0]!r}", hint="give each its own name")
     feeds.check_batch_sizes(candidates, options.batch_sizes)
+    if options.slo:
+        parse_slo(options.slo)
+    if (options.slo or options.scenarios) and not installed("mlperf_loadgen"):
+        raise MissingError("LoadGen is not installed", hint=INSTALL["mlperf_loadgen"])
 
 
 def _notes(options: BenchOptions, data: Dataset | None) -> list[str]:
@@ -109,6 +127,8 @@ class _Run:
     ) -> None:
         self.measurements: list[Measurement] = []
         self.instances: list[Instances] = []
+        self.scenarios: list[ScenarioRun] = []
+        self.slos: list[SloSearch] = []
         self._notes: dict[str, None] = {}
         self._entries, self._setup, self._data, self._progress = entries, setup, data, progress
         self._rng = np.random.default_rng(setup.options.seed)
@@ -118,7 +138,8 @@ class _Run:
         self._per_round = 2 * len(entries) + self._blocks
         at_once = len(set(setup.options.instances)) * (len(entries) - 1)
         per_size = effort.processes * self._per_round + at_once
-        self._steps = len(set(setup.options.batch_sizes)) * per_size
+        played = len(set(setup.options.scenarios)) + bool(setup.options.slo)
+        self._steps = len(set(setup.options.batch_sizes)) * per_size + played * (len(entries) - 1)
 
     @property
     def notes(self) -> list[str]:
@@ -141,10 +162,26 @@ class _Run:
                 threads = self._setup.options.threads
                 cores = split_cores(host.usable_cores(), count, threads)
                 self.instances.append(together(entry, batch_size, cores, self._setup, pool))
-        self.measurements.extend(merged(each) for each in parts.values())
+            self.measurements.extend(merged(each) for each in parts.values())
+            for entry in good:
+                self._play(entry, merged(parts[entry.name]), pool)
         if parts[self._entries[0].name][-1].invalid:
             label = f"{self._entries[0].name} (batch {batch_size})"
             self._note(f"{label} is invalid: there is nothing to compare with")
+
+    def _play(self, entry: Candidate, measured: Measurement, pool: Path) -> None:
+        """The scenarios of this batch size."""
+        options = self._setup.options
+        cores = host.choose_cores(min(options.threads + 1, len(host.usable_cores())))
+        player = Player(entry, measured, replace(self._setup, affinity=cores), pool)
+        for scenario in dict.fromkeys(options.scenarios):
+            if measured.batch_size == size_for(scenario, options.batch_sizes):
+                self._step(f"{scenario}: {entry.name}")
+                self.scenarios.append(player.play(scenario))
+        if options.slo and measured.batch_size == size_for("server", options.batch_sizes):
+            show = lambda text: self._progress(f"{entry.name}: {text}", self._done, self._steps)  # noqa: E731
+            self._step(f"{options.slo}: {entry.name}")
+            self.slos.append(highest_rate(player, options.slo, show))
 
     def _rounds(self) -> Iterator[int]:
         """Numbers of rounds, fewer where what surrounds the timing takes long."""
@@ -219,6 +256,7 @@ def merged(parts: Sequence[Measurement]) -> Measurement:
             "first_run_ns": median_low(part.first_run_ns for part in parts),
             "loads_ns": tuple(part.load_ns for part in parts),
             "first_runs_ns": tuple(part.first_run_ns for part in parts),
+            "yardsticks_ns": tuple(time for part in parts for time in part.yardsticks_ns),
             "warmup_runs": sum(part.warmup_runs for part in parts),
             "blocks_ns": tuple(block for part in parts for block in part.blocks_ns),
             "process_blocks": tuple(len(part.blocks_ns) for part in parts),

@@ -92,6 +92,8 @@ class RunSummary(Value):
     metric: str
     target: str
     rows: tuple[Row, ...]
+    baselines: dict[str, str] = {}
+    """The engines that the speed-ups are over, by what the table calls them."""
     noise_floor: Interval
     """Speed-up of the baseline over itself in another process: less than this is noise."""
     verdict: Verdict
@@ -249,8 +251,8 @@ def verdict_text(summary: RunSummary) -> str:
     return (
         f"Ship {verdict.ship} on {summary.target}, the recipe's target: "
         f"{summary.metric} drop {interval(drop.value, 4)} (allowed {drop.limit:.4f}), "
-        f"{interval(gain.value, 2, 'x')} as fast as FP32 ONNX (needed above {gain.limit:.2f}x: "
-        f"the larger of the recipe's limit and the noise floor)."
+        f"{interval(gain.value, 2, 'x')} as fast as FP32 ONNX there "
+        f"(needed above {gain.limit:.2f}x: the larger of the recipe's limit and the noise floor)."
         f"{_unsettled(drop, samples)}{_elsewhere(summary)}"
     )
 
@@ -295,9 +297,20 @@ def notes(summary: RunSummary) -> str:
         else ""
     )
     return (
-        f"{sizes}Brackets are 95 % intervals. Noise floor (the baseline against itself): "
-        f"{interval(summary.noise_floor, 3, 'x')}; a gain inside it is none.{quick}"
+        f"{sizes}{_baselines(summary)}Brackets are 95 % intervals. "
+        f"Noise floor (the baseline against itself): {interval(summary.noise_floor, 3, 'x')}; "
+        f"a gain inside it is none.{quick}"
         + "".join(f" {note}." for note in summary.notes if not note.startswith("quick"))
+    )
+
+
+def _baselines(summary: RunSummary) -> str:
+    """What each speed-up is over, with its time."""
+    times = {f"{r.name} @ {r.backend}": r.p50_ms for r in summary.rows if r.p50_ms}
+    return "".join(
+        f"{title}: over {name}, {interval(times[name], 3)} ms. "
+        for title, name in summary.baselines.items()
+        if name in times
     )
 
 

@@ -107,32 +107,6 @@ def test_compare_tells_how_int8_differs(
     assert document["outputs"][0]["max_absolute"] == 0
 
 
-def test_bench_keeps_every_sample(
-    deploykit: Command, teacher_onnx: Artifact, teacher_int8: Artifact, tmp_path: Path
-) -> None:
-    out = tmp_path / "bench.json"
-    told = deploykit(
-        "bench", teacher_onnx.path, teacher_int8.path, "--backend", "ort-cpu",
-        "--data", CALIBRATION, "--preset", "quick", "--blocks", "15", "--block-ms", "20", "-o", out,
-    )  # fmt: skip
-    assert told.code == 0, told.err
-    assert "noise floor" in told.out
-    document = json.loads(out.read_text())
-    assert document["schema"] == "deploykit.bench/1"
-    assert all(len(m["blocks_ns"]) == 15 for m in document["measurements"])
-
-
-def test_bench_without_data_is_refused_and_random_is_marked(
-    deploykit: Command, teacher_onnx: Artifact
-) -> None:
-    assert deploykit("bench", teacher_onnx.path).code == 2
-    told = deploykit(
-        "bench", teacher_onnx.path, "--backend", "ort-cpu", "--data", "random",
-        "--blocks", "15", "--block-ms", "5", "--json",
-    )  # fmt: skip
-    assert json.loads(told.out)["inputs"] == "random"
-
-
 def test_doctor_says_what_works_here(deploykit: Command) -> None:
     document = json.loads(deploykit("doctor", "--json").out)
     assert document["checks"]["ort-cpu"] == {"ok": True, "reason": None}

@@ -217,7 +217,7 @@ def test_the_verdict_to_ship_tells_both_gates() -> None:
     assert summary.verdict_text(found(row())) == (
         "Ship model.int8.onnx on ort-cpu, the recipe's target: "
         "top1 drop 0.0020 [-0.0080, 0.0120] (allowed 0.0050), "
-        "2.00x [1.99, 2.01] as fast as FP32 ONNX (needed above 1.10x: "
+        "2.00x [1.99, 2.01] as fast as FP32 ONNX there (needed above 1.10x: "
         "the larger of the recipe's limit and the noise floor)."
         " The gate holds on these 1000 samples; its interval reaches over the limit, about 1e+04 "
         "samples would settle it."
@@ -251,6 +251,14 @@ def test_the_notes_tell_batch_sizes_the_noise_and_a_quick_run() -> None:
 def table(text: str) -> list[list[str]]:
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def test_the_notes_name_what_a_speed_up_is_over_and_its_time() -> None:
+    base = row(name="model.fp32.onnx", backend="openvino", p50_ms=about(0.82))
+    names = {"vs PyTorch": "model @ pytorch", "vs FP32 ONNX": "model.fp32.onnx @ openvino"}
+    told = summary.notes(found(row(), base, baselines=names))
+    assert "vs FP32 ONNX: over model.fp32.onnx @ openvino, 0.820 [0.810, 0.830] ms. " in told
+    assert "vs PyTorch" not in told  # it has no time
 
 
 def test_the_markdown_table_has_one_line_a_row() -> None:
