@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,10 @@ def distill_command(
     source = _common.model(student, given, opened)
     guides = [_common.model(t, {"weights": given["teacher_weights"]}, opened) for t in teachers]
     options = _options.make(DistillOptions, given)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, one speaks
     with Terminal() as terminal:
-        terminal.step(student, "distill")
+        if first:
+            terminal.step(student, "distill")
         artifact = distill(
             source,
             options,
@@ -100,7 +103,8 @@ def distill_command(
             force=force,
             progress=terminal.progress,
         )
-    _common.made(artifact, as_json=as_json)
+    if first:
+        _common.made(artifact, as_json=as_json)
 
 
 @click.command("export", help=COMMANDS["export"][1])

@@ -79,7 +79,8 @@ class DistillOptions(Value):
 
     @model_validator(mode="after")
     def _used(self) -> DistillOptions:
-        given = self.model_fields_set
+        fields = type(self).model_fields.items()
+        given = {name for name, field in fields if getattr(self, name) != field.default}
         if "alpha" in given and self.loss not in LABELLED:
             raise ValueError(f"the loss {self.loss} has no part for labels: leave alpha out")
         if "beta" in given and self.loss != "dkd":
