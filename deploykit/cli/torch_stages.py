@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,13 @@ def _until_faster(
 @click.command("distill", help=COMMANDS["distill"][1])
 @click.argument("student")
 @_common.output_option
-@click.option("--teacher", required=True, help="A torch artifact folder, or file.py:factory.")
+@click.option(
+    "--teacher",
+    "teachers",
+    required=True,
+    multiple=True,
+    help="A torch artifact folder, or file.py:factory; several teach the mean of their outputs.",
+)
 @click.option(
     "--teacher-weights",
     type=click.Path(path_type=Path),
@@ -71,26 +78,36 @@ def _until_faster(
 @_common.force_option
 @_common.json_option
 def distill_command(
-    student: str, output: Path, *, teacher: str, data: str, force: bool, as_json: bool, **given: Any
+    student: str,
+    output: Path,
+    *,
+    teachers: tuple[str, ...],
+    data: str,
+    force: bool,
+    as_json: bool,
+    **given: Any,
 ) -> None:
     """Train the student."""
     opened = _common.required_data(data)
     source = _common.model(student, given, opened)
-    guide = _common.model(teacher, {"weights": given["teacher_weights"]}, opened)
+    guides = [_common.model(t, {"weights": given["teacher_weights"]}, opened) for t in teachers]
     options = _options.make(DistillOptions, given)
     before = store.last_record(output)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, one speaks
     with Terminal() as terminal:
-        terminal.step(student, "distill")
+        if first:
+            terminal.step(student, "distill")
         artifact = distill(
             source,
             options,
-            teacher=guide,
+            teacher=guides,
             data=opened,
             out=output,
             force=force,
             progress=terminal.progress,
         )
-    _common.made(artifact, before, as_json=as_json)
+    if first:
+        _common.made(artifact, before, as_json=as_json)
 
 
 @click.command("export", help=COMMANDS["export"][1])

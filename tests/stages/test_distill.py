@@ -21,6 +21,7 @@ from deploykit.stages.take import TakeOptions, take
 from deploykit.values import Array, Artifact, TensorSpec
 from tests.stages import small_models
 
+ROOT_PATH = Path(__file__).parents[2]
 FACTORIES = Path(small_models.__file__)
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(203, 16)).astype(np.float32)
