@@ -67,7 +67,7 @@ class Point:
             "scored_samples": self.scored_samples,
             "time_ratio": self.time_ratio and round(self.time_ratio, 3),
             "timed_as": self.timed_as,
-            "size_bytes": self.artifact.path.stat().st_size,
+            "size_bytes": sum(p.stat().st_size for p in self.artifact.files),
         }
 
 
