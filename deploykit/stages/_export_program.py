@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploykit._lazy import needs
 from deploykit.errors import StageError
-from deploykit.formats import torch_module
+from deploykit.formats import onnx_weights, torch_module
 from deploykit.values import Dimension, TensorSpec
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ def capture(
 
 def to_onnx(
     program: ExportedProgram, inputs: Specs, outputs: Specs, opset: int, path: Path
-) -> ExportedProgram:
-    """Write a program as ONNX; the program as it was decomposed for that.
+) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """Write a program as ONNX; the program as it was decomposed for that, and its weights' files.
 
     Raises StageError: an operator has no counterpart.
     """
@@ -92,11 +92,22 @@ def to_onnx(
             )
             assert made is not None  # noqa: S101 - of the dynamo exporter it never is
             _strip(made)
-            made.save(str(path), external_data=False)
+            beside = _save(made, path)
             assert made.exported_program is not None  # noqa: S101 - it comes from one
     except Exception as error:  # the exporter raises many kinds
         raise _failed(error) from error
-    return made.exported_program
+    return made.exported_program, beside
+
+
+def _save(made: ONNXProgram, path: Path) -> tuple[str, ...]:
+    """Write the model, its weights in a file beside it where they are too large for one."""
+    values = made.model.graph.initializers.values()
+    size = sum(value.const_value.nbytes for value in values if value.const_value is not None)
+    if size <= onnx_weights.LARGEST:
+        made.save(str(path), external_data=False)
+        return ()
+    made.save(str(path), external_data=True)
+    return onnx_weights.adopt(path, path.with_name(f"{path.name}.data"))
 
 
 def _strip(made: ONNXProgram) -> None:
