@@ -100,14 +100,12 @@ def to_onnx(
 
 
 def _save(made: ONNXProgram, path: Path) -> tuple[str, ...]:
-    """Write the model, its weights in a file beside it where they are too large for one."""
-    values = made.model.graph.initializers.values()
-    size = sum(value.const_value.nbytes for value in values if value.const_value is not None)
-    if size <= onnx_weights.LARGEST:
-        made.save(str(path), external_data=False)
-        return ()
-    made.save(str(path), external_data=True)
-    return onnx_weights.adopt(path, path.with_name(f"{path.name}.data"))
+    """Write the model; torch puts the weights in a file beside it where one is too small."""
+    made.save(str(path))
+    for value in made.model.graph.initializers.values():
+        value.const_value = None  # onnxscript's rewriter keeps the last graph for ever
+    beside = path.with_name(f"{path.name}.data")
+    return onnx_weights.adopt(path, beside) if beside.exists() else ()
 
 
 def _strip(made: ONNXProgram) -> None:

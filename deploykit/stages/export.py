@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -86,6 +87,7 @@ def export(
             return made, _answers(module, made, todo, feeds)
 
         made, taken = exported()
+        gc.collect()  # a program is full of cycles, and holds the weights
         try:
             with open_session(_artifact(made, path), "ort-cpu") as session:
                 proof = prove(session, taken, options.tolerance)
