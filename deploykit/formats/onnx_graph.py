@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deploykit.formats import onnx_weights
 from deploykit.values import Array
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ class Graph:
     """The main graph of a model whose nodes have names of their own; see `name_nodes`."""
 
     model: onnx.ModelProto
+    folder: Path = Path()
+    """Where weights lie that are not in the model."""
 
     @cached_property
     def nodes(self) -> dict[str, onnx.NodeProto]:
@@ -96,14 +100,13 @@ class Graph:
         return tensor is not None and tensor.data_type == onnx.TensorProto.FLOAT
 
     def constant(self, name: str) -> Array | None:
-        """The value of a float32 initializer, or None."""
+        """The value of a float32 initializer, or None; one in another file is mapped, not read."""
         import onnx
 
         tensor = self.constants.get(name)
         if tensor is None or tensor.data_type != onnx.TensorProto.FLOAT:
             return None
-        value: Array = onnx.numpy_helper.to_array(tensor)
-        return value
+        return onnx_weights.array(tensor, self.folder)
 
     def only_consumer(self, name: str) -> onnx.NodeProto | None:
         """The one reader of a tensor that nothing else needs, or None."""

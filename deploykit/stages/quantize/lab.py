@@ -183,7 +183,12 @@ class Lab:
         return point
 
     def timed(self, points: Sequence[Point]) -> list[Point]:
-        """The points with their times over the float model's, all interleaved, one thread."""
+        """The points with their times over the float model's, interleaved, one thread.
+
+        All together, but large ones each alone with the float model.
+        """
+        if self.shop.large and len(points) > 1:
+            return [each for point in points for each in self.timed([point])]
         feed = self._feed()
         artifacts = [self.shop.source, *(point.artifact for point in points)]
         sessions = [self._open(artifact, 1) for artifact in artifacts]
