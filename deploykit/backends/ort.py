@@ -76,7 +76,7 @@ class OrtSession:
     def __init__(self, artifact: Artifact, options: SessionOptions, provider: str) -> None:
         self.inputs, self.outputs = artifact.inputs, artifact.outputs
         self._artifact, self._options, self._provider = artifact, options, provider
-        self._session = _session(artifact, options, provider)
+        self._opened: Any = _session(artifact, options, provider)
         self._names = [spec.name for spec in self.outputs]
 
     def run(self, feed: Feed) -> dict[str, Array]:
@@ -89,7 +89,7 @@ class OrtSession:
         """Make the arrays contiguous once; each call runs the session on them."""
         check_feed(feed, self.inputs)
         arrays = {name: np.ascontiguousarray(array) for name, array in feed.items()}
-        run, names = self._session.run, self._names
+        run, names = self._live().run, self._names
 
         def call() -> list[Array]:
             result: list[Array] = run(names, arrays)
@@ -125,8 +125,16 @@ class OrtSession:
             for (name, operator, precision, provider), each in times.items()
         )
 
+    def _live(self) -> Any:
+        """The session; opened again where it was closed for another to fit."""
+        if self._opened is None:
+            self._opened = _session(self._artifact, self._options, self._provider)
+        return self._opened
+
     def _profile(self, feed: Feed, runs: int) -> list[dict[str, Any]]:
         """What ONNX Runtime's profiler tells of each kernel in each run."""
+        if self._artifact.weights:  # too large to be there twice
+            self._opened = None
         with _files.scratch() as folder:
             session = _session(
                 self._artifact, self._options, self._provider, profile=folder / "profile"
@@ -145,7 +153,7 @@ class OrtSession:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        del self._session
+        del self._opened
 
 
 def _session(

@@ -191,7 +191,7 @@ def answers(whole: Whole, engine: Engine, session: Session) -> Agreement:
 
 def _check_names(artifact: Artifact) -> None:
     """Hold an ONNX model against the tensors that the manifest names. Raises IntegrityError."""
-    model = onnx_file.read(artifact.path)
+    model = onnx_file.shell(artifact.path)
     for kind, told, real in (
         ("inputs", artifact.inputs, onnx_file.inputs(model)),
         ("outputs", artifact.outputs, onnx_file.outputs(model)),

@@ -147,7 +147,7 @@ def _anatomy(artifact: Artifact, shapes: tuple[str, ...]) -> Anatomy | None:
 
 
 def _text(artifact: Artifact, found: Anatomy | None) -> str:
-    weight = size(sum(_files.size_bytes(path) for path in artifact.files))
+    weight = size(sum(map(_files.size_bytes, artifact.files)))
     lines = [f"{artifact.path}: {artifact.format}, {artifact.precision}, {weight}"]
     lines += [f"  in   {spec}" for spec in artifact.inputs]
     lines += [f"  out  {spec}" for spec in artifact.outputs]

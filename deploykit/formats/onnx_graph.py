@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deploykit.formats import onnx_weights
 from deploykit.formats.onnx_macs import RECURRENT, macs
 from deploykit.values import Array
 
@@ -28,6 +30,8 @@ class Graph:
     """The main graph of a model whose nodes have names of their own; see `name_nodes`."""
 
     model: onnx.ModelProto
+    folder: Path = Path()
+    """Where weights lie that are not in the model."""
     shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """What tensors measure on a sample, where the model does not say it or leaves it open."""
 
@@ -99,14 +103,13 @@ class Graph:
         return tensor is not None and tensor.data_type == onnx.TensorProto.FLOAT
 
     def constant(self, name: str) -> Array | None:
-        """The value of a float32 initializer, or None."""
+        """The value of a float32 initializer, or None; one in another file is mapped, not read."""
         import onnx
 
         tensor = self.constants.get(name)
         if tensor is None or tensor.data_type != onnx.TensorProto.FLOAT:
             return None
-        value: Array = onnx.numpy_helper.to_array(tensor)
-        return value
+        return onnx_weights.array(tensor, self.folder)
 
     def only_consumer(self, name: str) -> onnx.NodeProto | None:
         """The one reader of a tensor that nothing else needs, or None."""
@@ -242,7 +245,7 @@ def with_constants(graph: Graph, values: Mapping[tuple[str, int], Array]) -> Gra
         inputs[index] = new
         model.graph.initializer.append(onnx.numpy_helper.from_array(value.astype(np.float32), new))
     drop_unused(model)
-    return Graph(model, graph.shapes)
+    return replace(graph, model=model)
 
 
 def drop_unused(model: onnx.ModelProto) -> None:

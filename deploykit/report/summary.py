@@ -59,7 +59,7 @@ class Row(Value):
             backend=backend,
             precision=artifact.precision,
             ran=measured.placement.precisions if measured and not measured.invalid else None,
-            size_bytes=_files.size_bytes(artifact.path),
+            size_bytes=sum(map(_files.size_bytes, artifact.files)),
             score=score.score,
             samples=score.samples,
         )
@@ -171,7 +171,7 @@ def size(number: int) -> str:
 def describe(artifact: Artifact) -> str:
     """What a stage made, in one line, and one more for each warning."""
     facts = artifact.facts
-    told = [artifact.precision, size(_files.size_bytes(artifact.path))]
+    told = [artifact.precision, size(sum(map(_files.size_bytes, artifact.files)))]
     for key, text in (
         ("parameters_after", "{:,} parameters"),
         ("compute_nodes_quantized", "{} of {compute_nodes} compute nodes quantized"),

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploykit import _files, store
+from deploykit import store
 from deploykit.backends import backend
 from deploykit.dataset import Dataset
 from deploykit.environment import has_int8_dot_product, is_arm
 from deploykit.environment import read as read_environment
 from deploykit.errors import AnswerIsNo, InputError, UsageError, did_you_mean
+from deploykit.formats import onnx_file, onnx_weights
 from deploykit.formats.onnx_graph import Graph, matches
 from deploykit.stages.quantize import gain, guard, placement, sound
 from deploykit.stages.quantize.lab import Lab, Point, Talk, pareto
 from deploykit.stages.quantize.methods import EXACT, Method
 from deploykit.stages.quantize.options import QuantizeOptions
-from deploykit.stages.quantize.prepare import NOT_FOLDED
+from deploykit.stages.quantize.prepare import NOT_FOLDED, TOO_LARGE
 from deploykit.stages.quantize.presets import OPSETS, SCOPES, Preset, preset
 from deploykit.stages.quantize.promise import Promise
 from deploykit.stages.quantize.search import damage, search
@@ -79,14 +81,19 @@ def quantize(  # noqa: PLR0913 - what goes in, what comes out, how, and who list
     chosen = options.preset
 
     def work(path: Path) -> Made:
-        with _files.scratch() as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             order = _Order(source, options, bound, promise, talk or _silent)
-            facts = _made(order, folder, path)
+            facts = _made(order, Path(folder), path)
+        weights = onnx_weights.files(onnx_file.shell(path))
+        kept = {path, *(path.with_name(name) for name in weights)}
+        for file in set(path.parent.iterdir()) - kept:  # the weights of what was broken
+            file.unlink()
         return Made(
             format="onnx",
             precision=chosen.precision,
             inputs=source.inputs,
             outputs=source.outputs,
+            weights=weights,
             facts={
                 **facts,
                 "calibration_data": Path(bound.reference).name,
@@ -140,7 +147,7 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
         progress=lambda done, total: order.talk("calibrate", done, total),
     )
     warnings = guard.check_enough(shop.seen, rest) + guard.compared(order.data, evaluated)
-    warnings += [told for told in shop.told if told == NOT_FOLDED]
+    warnings += [told for told in shop.told if told in (NOT_FOLDED, TOO_LARGE)]
     candidates = _candidates(shop.graph, options, chooses=held is not None)
     found: Json = {}
     if held is None:
@@ -154,7 +161,8 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
         lab = Lab(shop, runtime, held, order.promise, folder, order.talk, simulated)
         chosen = options.chooses or order.promise
         try:
-            point = search(lab, candidates, options.tried_corrections if chosen else ())
+            tried = options.tried_corrections if chosen and not shop.large else ()
+            point = search(lab, candidates, tried)
         except AnswerIsNo as no:
             no.facts |= _found(lab, None, {})
             for warning in warnings:  # the data may be why
@@ -171,7 +179,7 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
             damage(lab, variant)
         probed = gain.probe(lab, point) if options.node_damage else {}
         found, broken = {"search": _found(lab, point, probed) | told}, lab.broken
-        shutil.copyfile(point.artifact.path, out)  # what was judged, not made again
+        _publish(point.artifact, out)  # what was judged, not made again
     facts = shop.facts(variant, _why(shop.graph, options, candidates, variant) | broken)
     return {
         **facts,
@@ -181,6 +189,14 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
         "op_types": sorted({shop.graph.nodes[n].op_type for n in variant.nodes}),
         **found,
     }
+
+
+def _publish(artifact: Artifact, out: Path) -> None:
+    """Put a candidate where the result is to lie, its weights beside it."""
+    if artifact.weights:
+        onnx_weights.write(onnx_file.shell(artifact.path), out, folder=artifact.path.parent)
+    else:
+        shutil.copyfile(artifact.path, out)
 
 
 def _touched(facts: Json, options: QuantizeOptions) -> list[str]:

@@ -9,7 +9,7 @@ of its own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -237,7 +237,7 @@ class _Edit:
         for tensor, (reading, scale) in self.divided.items():
             result = _insert(Graph(graph.model), tensor, reading, scale)
             shapes |= {result: shapes[tensor]} if tensor in shapes else {}
-        return Graph(graph.model, shapes)
+        return replace(graph, shapes=shapes)
 
 
 def _insert(graph: Graph, tensor: str, reading: _Reading, scale: Array) -> str:

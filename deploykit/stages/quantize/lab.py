@@ -75,7 +75,7 @@ class Point:
             "float_ms": self.times_ms and round(self.times_ms[0], 4),
             "ms": self.times_ms and round(self.times_ms[1], 4),
             "timed_as": self.timed_as,
-            "size_bytes": self.artifact.path.stat().st_size,
+            "size_bytes": sum(p.stat().st_size for p in self.artifact.files),
         }
 
 
@@ -199,7 +199,12 @@ class Lab:
         return point
 
     def timed(self, points: Sequence[Point]) -> list[Point]:
-        """The points with their times over the float model's, all interleaved, one thread."""
+        """The points with their times over the float model's, interleaved, one thread.
+
+        All together, but large ones each alone with the float model.
+        """
+        if self.shop.large and len(points) > 1:
+            return [each for point in points for each in self.timed([point])]
         feed = self._feed()
         artifacts = [self.shop.source, *(point.artifact for point in points)]
         sessions = [self._open(artifact, 1) for artifact in artifacts]

@@ -14,6 +14,7 @@ from deploykit import store
 from deploykit.dataset import Dataset
 from deploykit.environment import versions
 from deploykit.errors import AnswerIsNo
+from deploykit.formats import onnx_weights
 from deploykit.formats.onnx_graph import COMPUTE, Graph
 from deploykit.stages.quantize import blocks, guard, placement, qdq
 from deploykit.stages.quantize.account import account
@@ -30,7 +31,7 @@ from deploykit.stages.quantize.equalize import cross_layer, smooth
 from deploykit.stages.quantize.levels import Grid
 from deploykit.stages.quantize.methods import EXACT, Method, Range, calibrate
 from deploykit.stages.quantize.placement import Plan
-from deploykit.stages.quantize.prepare import prepare
+from deploykit.stages.quantize.prepare import TOO_LARGE, prepare
 from deploykit.stages.quantize.presets import OPSETS, Preset
 from deploykit.stages.quantize.rounding import adaptive
 from deploykit.values import Array, Artifact, Json
@@ -120,10 +121,13 @@ class Workshop:
             if not widest.nodes:
                 raise nothing(account(graph, widest, {}), chosen)
             tensors = widest.written | set(widest.read) or graph.ends & graph.floats
-            return observe(graph.model, tensors, data, binned=binned, progress=progress)
+            return observe(
+                graph.model, tensors, data,
+                binned=binned, progress=progress, folder=graph.folder,
+            )  # fmt: skip
 
-        graph = Graph(model)
-        graph = Graph(model, sample_shapes(graph, data))
+        graph = Graph(model, source.path.parent)
+        graph = replace(graph, shapes=sample_shapes(graph, data))
         identity = {
             "model": source.sha256,
             "data": data.digest,
@@ -177,17 +181,23 @@ class Workshop:
 
         Raises AnswerIsNo: no compute node is in it; where it may be `bare` of those, no node.
         """
-        import onnx
-
         shop = self.corrected(variant)
         made = shop.plan(variant.nodes)
         if not any(bare or shop.graph.nodes[n].op_type in COMPUTE for n in made.nodes):
             raise nothing(account(shop.graph, made, {}), self.preset)
         model = shop.cut(made, variant)
-        onnx.save(model, path)
+        weights = onnx_weights.write(model, path, folder=shop.graph.folder)
         return self.source.model_copy(
-            update={"path": path, "precision": self.preset.precision, "sha256": "", "history": ()}
-        )
+            update={
+                "path": path, "precision": self.preset.precision, "weights": weights,
+                "sha256": "", "history": (),
+            }
+        )  # fmt: skip
+
+    @property
+    def large(self) -> bool:
+        """Whether the weights stay in their files: they are not held twice."""
+        return TOO_LARGE in self.told
 
     def cut(self, made: Plan, variant: Variant) -> onnx.ModelProto:
         """The quantized model of a plan on this graph."""
