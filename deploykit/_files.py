@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import glob
 import hashlib
-import logging
 import os
 import re
 import secrets
 import shutil
 import stat
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,8 +23,6 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 """What rename(2) says of a folder with files, or of a file where the other is a folder."""
-LONGEST_WAIT_S = 3600.0
-log = logging.getLogger("deploykit")
 
 
 def sha256(path: Path) -> str:
@@ -94,7 +89,7 @@ def check_free(out: Path, *, force: bool) -> None:
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
-        raise _unwritable(out, error) from error
+        raise unwritable(out, error) from error
 
 
 def make_folder(folder: Path) -> None:
@@ -102,7 +97,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise unwritable(folder, error) from error
 
 
 def check_file(out: Path) -> None:
@@ -111,7 +106,8 @@ def check_file(out: Path) -> None:
         raise UsageError(f"{out} is a folder", hint="give the path of a file")
 
 
-def _unwritable(out: Path, error: OSError) -> DeploykitError:
+def unwritable(out: Path, error: OSError) -> DeploykitError:
+    """The error for what the system says where `out` is written: full, or not allowed."""
     if error.errno in _FULL:
         return ResourceError(
             f"{out}: no space left to write it ({error.strerror})",
@@ -138,7 +134,7 @@ def staged(out: Path) -> Iterator[Path]:
         folder = _temporary(out)
         folder.mkdir()
     except OSError as error:
-        raise _unwritable(out, error) from error
+        raise unwritable(out, error) from error
     try:
         yield folder / out.name
         _interrupt.check()
@@ -147,7 +143,7 @@ def staged(out: Path) -> Iterator[Path]:
         _publish(folder, out)
     except Exception as error:
         if full := _full(error):
-            raise _unwritable(out, full) from error
+            raise unwritable(out, full) from error
         raise
     finally:
         remove(folder)
@@ -182,79 +178,6 @@ def _full(error: BaseException | None) -> OSError | None:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep other processes of deploykit out of a folder. Raises UsageError: one is in it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"{folder} is in use by another run",
-                hint="wait for it, or give another output folder",
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def alone(out: Path, wait_s: float | None = None) -> Iterator[None]:
-    """Let one process at a time make `out`; others wait for it, at most LONGEST_WAIT_S.
-
-    The lock is a file beside it that is gone at the end; the system frees that of a killed process.
-    Raises ResourceError: another process is still at it.
-    """
-    lock = out.absolute().with_name(f".{out.name}.lock")
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _locked(lock, out, LONGEST_WAIT_S if wait_s is None else wait_s)
-    except OSError as error:
-        raise _unwritable(out, error) from error
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            lock.unlink()
-        os.close(descriptor)
-
-
-def _locked(lock: Path, out: Path, wait_s: float) -> int:
-    """A descriptor that holds the lock; where its holder unlinks it, those who wait try anew."""
-    started, told = time.monotonic(), False
-    while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is(lock, descriptor):
-                os.truncate(descriptor, 0)
-                os.write(descriptor, str(os.getpid()).encode())
-                return descriptor
-        except BlockingIOError as error:
-            holder = os.pread(descriptor, 20, 0).decode(errors="replace") or "another"
-            if time.monotonic() - started > wait_s:
-                os.close(descriptor)
-                raise ResourceError(
-                    f"{out} is being made by process {holder}, which was not done in {wait_s:g} s",
-                    hint="wait for it or end it, or give another output path",
-                ) from error
-            if not told:
-                log.warning("%s is being made by process %s: waiting for it", out, holder)
-                told = True
-            time.sleep(0.05)
-        os.close(descriptor)
-        _interrupt.check()
-
-
-def _is(path: Path, descriptor: int) -> bool:
-    """Whether an open file is the one that lies at the path."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
-@contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, removed at the end if it is still there."""
     path = path.absolute()
@@ -264,7 +187,7 @@ def beside(path: Path) -> Iterator[Path]:
         yield temporary
     except Exception as error:
         if full := _full(error):
-            raise _unwritable(path, full) from error
+            raise unwritable(path, full) from error
         raise
     finally:
         remove(temporary)

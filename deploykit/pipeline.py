@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from deploykit import _files, backends, evaluation, metrics, store
+from deploykit import _files, _locks, backends, evaluation, metrics, store
 from deploykit._code import load_function
 from deploykit.bundle import Bundle, PackagedModel, PackageOptions, inventory, manifest, package
 from deploykit.environment import read as read_environment
@@ -87,7 +87,7 @@ def run(
         load_function(recipe.gates.metric)  # before minutes of work, not after
     _check_apart(recipe)
     _claim(out, force=force)
-    with _files.held(out):
+    with _locks.held(out):
         return _carried_out(state)
 
 

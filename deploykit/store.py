@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deploykit import _files, _interrupt
+from deploykit import _files, _interrupt, _locks
 from deploykit.environment import versions
 from deploykit.errors import InputError, IntegrityError, UsageError
 from deploykit.values import (
@@ -90,7 +91,7 @@ def produce(job: Job, work: Callable[[Path], Made], *, out: Path, force: bool = 
     if done := find(out, job.key):
         return done
     _check_free(out, force=force)
-    with _files.alone(out):
+    with _locks.alone(out):
         if done := find(out, job.key):
             return done
         _check_free(out, force=force)
@@ -132,6 +133,23 @@ def _make(job: Job, work: Callable[[Path], Made], out: Path) -> Artifact:
             _files.move(_next_record(out), record_path(out))
         for name in set(replaced) - set(made.weights):
             (out.parent / name).unlink(missing_ok=True)
+    return artifact
+
+
+def place(made: Artifact, out: Path, *, force: bool = False) -> Artifact:
+    """Put a model of one file, made elsewhere on trial, at `out` with its record.
+
+    Raises UsageError: `out` is in the way and not forced.
+    """
+    _check_free(out, force=force)
+    artifact = made.model_copy(update={"path": out})
+    with _locks.alone(out), ExitStack() as publishing:
+        publishing.callback(_settle, out)
+        with _files.staged(out) as temporary:
+            shutil.copyfile(made.path, temporary)
+            publishing.enter_context(_interrupt.held())
+            _write_record(temporary, out, artifact)
+        _files.move(_next_record(out), record_path(out))
     return artifact
 
 

@@ -27,7 +27,7 @@ LARGEST_MANIFEST = 64 << 20
 GET_AGAIN = "get the bundle again from where it was made"
 
 Tolerance = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Role = Literal["model", "record", "config", "golden", "evidence", "bom"]
+Role = Literal["model", "record", "config", "golden", "evidence", "bom", "cache"]
 Code = Literal["MANIFEST", "FILES", "UNSIGNED", "SIGNATURE", "WRONG_KEY", "OLD_VERSION"]
 
 
@@ -115,6 +115,8 @@ class Engine(Value):
     """Why there are no golden outputs; None where there are."""
     config: str | None = None
     """Path of the server's configuration of the model; None where the layout has none."""
+    timing_cache: str | None = None
+    """Path of the kernel times that TensorRT measured for native code; None where none was kept."""
 
 
 class GoldenInputs(Value):
@@ -259,4 +261,6 @@ def _references(bundle: Bundle) -> list[tuple[str, Role]]:
             references.append((engine.golden.path, "golden"))
         if engine.config:
             references.append((engine.config, "config"))
+        if engine.timing_cache:
+            references.append((engine.timing_cache, "cache"))
     return references

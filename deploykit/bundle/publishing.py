@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from deploykit import _files
+from deploykit import _files, _locks
 from deploykit import environment as environments
 from deploykit.bundle import golden, integrity, inventory, manifest, server, verification
 from deploykit.bundle.integrity import Whole
@@ -91,7 +91,7 @@ def publish(
         bundle = manifest.read(source)
         _check_layout(path, bundle)
         folder = repository / bundle.name
-        with _leaving_nothing(folder), _files.held(folder):
+        with _leaving_nothing(folder), _locks.held(folder):
             for place in (folder, folder / BUNDLES, folder / triton.WARMUP):
                 _files.sweep(place)
             served = served_versions(folder)
@@ -148,7 +148,7 @@ def rollback(repository: Path, name: str, options: PublishOptions | None = None)
     folder = repository / name
     if not (folder / triton.CONFIG).is_file():
         raise UsageError(f"{repository} serves no model {name!r}", hint="give its folder's name")
-    with _files.held(folder):
+    with _locks.held(folder):
         newest = served_versions(folder)[-1]
         older = [v for v in _numbers(folder / BUNDLES) if v < newest]
         if not older:
@@ -211,6 +211,9 @@ def _choose(
     for engine in whole.bundle.engines:
         if rows := verification.engine_rows(engine, machine):
             passed_over[engine.path] = "; ".join(rows)
+            continue
+        if run and (reason := verification.untrusted(whole, engine)):
+            passed_over[engine.path] = reason
             continue
         if run:
             elsewhere = "checked for another machine" if target else None

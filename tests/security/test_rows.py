@@ -41,7 +41,7 @@ ELSEWHERE = {
     25: [
         "tests/security/test_faults.py::test_of_many_processes_one_builds_and_all_read_it_whole",
         "tests/security/test_faults.py::test_the_lock_of_a_killed_builder_is_free",
-        "tests/test_files.py::test_who_waits_too_long_is_told_for_whom",
+        "tests/test_locks.py::test_who_waits_too_long_is_told_for_whom",
     ],
     26: ["tests/security/test_faults.py::test_a_calibration_cache_that_went_bad_is_made_again"],
     29: [
