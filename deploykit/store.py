@@ -238,6 +238,15 @@ def _described(path: Path, record: Path) -> Artifact:
     return artifact
 
 
+def last_record(path: Path) -> StageRecord | None:
+    """How the model at a path was made; None where there is nothing whole."""
+    try:
+        artifact = read(path)
+    except (InputError, IntegrityError):
+        return None
+    return artifact.history[-1] if artifact and artifact.history else None
+
+
 def record_path(path: Path) -> Path:
     """Where the record of the model at `path` lies."""
     return path / FOLDER_RECORD if path.is_dir() else path.with_name(f"{path.name}.record.json")

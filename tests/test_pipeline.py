@@ -60,7 +60,7 @@ def recipe() -> Recipe:
             "data": _with(full.data, train_samples=2000, evaluation_samples=1000),
             "gates": _with(full.gates, max_drop=0.1, min_speedup=0.05),
             "distill": _with(full.distill, epochs=1),
-            "bench": _with(full.bench, blocks=15, block_ms=20.0),
+            "bench": _with(full.bench, processes=1, blocks=15, block_ms=20.0),
         }
     )
 

@@ -327,8 +327,11 @@ def _place(folder: Path, whole: Whole, engine: Engine) -> None:
     if not (folder / str(version)).exists():
         with _files.staged(folder / str(version)) as out:
             out.mkdir()
-            for file in model.parent.iterdir():
-                _link(file, out / file.name)
+            for name in _files.tree(model.parent):
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                # weights that a file names are refused where they are hard links
+                put = _link if name == model.name else shutil.copyfile
+                put(model.parent / name, out / name)
     warmup = model.parent.parent / triton.WARMUP
     if warmup.is_dir():
         (folder / triton.WARMUP).mkdir(exist_ok=True)

@@ -35,6 +35,7 @@ def convert_command(
     """Convert."""
     opened, options = _common.required_data(data), _options.make(ConvertOptions, given)
     source = open_model(model)
+    before = store.last_record(output)
     with Terminal() as terminal:
         terminal.step(model, "convert")
         artifact = convert(
@@ -45,7 +46,7 @@ def convert_command(
             force=force,
             talk=lambda text, done, total: terminal.progress(done, total, text),
         )
-    _common.made(artifact, as_json=as_json)
+    _common.made(artifact, before, as_json=as_json)
 
 
 @click.command("quantize", help=COMMANDS["quantize"][1])
@@ -74,6 +75,7 @@ def quantize_command(  # noqa: PLR0913 - one parameter an option
     opened, options = _common.required_data(data), _options.make(QuantizeOptions, given)
     source = open_model(model)
     promise = _promise(max_drop, evaluation_data, metric)
+    before = store.last_record(output)
     with Terminal() as terminal:
         terminal.step(model, "quantize")
         artifact = quantize(
@@ -85,7 +87,7 @@ def quantize_command(  # noqa: PLR0913 - one parameter an option
             force=force,
             talk=lambda text, done, total: terminal.progress(done, total, text),
         )
-    _common.made(artifact, as_json=as_json)
+    _common.made(artifact, before, as_json=as_json)
 
 
 def _promise(max_drop: str | None, reference: str | None, metric: str | None) -> Promise | None:
@@ -145,10 +147,11 @@ def build_command(
         return
     assert model is not None  # noqa: S101 - one of the two is
     source, options = open_model(model, native=True), _options.make(BuildOptions, given)
+    before = store.last_record(output)
     with Terminal() as terminal:
         terminal.step(model, "build")
         artifact = build(source, options, out=output, data=data, force=force, talk=_talk(terminal))
-    _common.made(artifact, as_json=as_json)
+    _common.made(artifact, before, as_json=as_json)
 
 
 def _talk(terminal: Terminal) -> Callable[[str, int, int], None]:
