@@ -16,6 +16,7 @@ from deploykit.measure import BenchOptions, BenchResult, Candidate, bench, stati
 from deploykit.plan import FLOAT, MODEL, Step, data, plan
 from deploykit.recipe import Recipe
 from deploykit.report import summary
+from deploykit.report.made import describe
 from deploykit.report.summary import Row, RunSummary
 from deploykit.values import Artifact, Score, SessionOptions, Verdict, parse
 from deploykit.verdict import Contender, Limits, decide
@@ -139,7 +140,7 @@ def _make(run: Run, step: Step) -> None:
     artifact = step.make(run.artifacts, path, run.observer.progress)
     run.artifacts[step.name] = artifact
     cached = bool(artifact.history) and artifact.history[-1] == before
-    run.observer.done(summary.describe(artifact), cached=cached)
+    run.observer.done(describe(artifact), cached=cached)
     for backend in _backends_for(run, artifact):
         _score(run, step.name, backend)
 

@@ -193,7 +193,7 @@ def show(value: Value | Json, text: str, *, as_json: bool, schema: str = "") -> 
 
 def made(artifact: Artifact, before: StageRecord | None, *, as_json: bool) -> None:
     """Print what a stage made, or kept if it is as it was `before`."""
-    from deploykit.report.summary import describe
+    from deploykit.report.made import describe
 
     first, *rest = describe(artifact).splitlines()
     kept = ", kept: made before of the same inputs, options and versions"
