@@ -12,8 +12,9 @@ def quantized(folder: Path, *, ratio: float = 0.5, **changes: Any) -> list[str]:
     path = folder / "m.onnx"
     path.write_bytes(b"x" * 2000)
     chosen = {
-        "name": "all-mse", "sqnr_db": 31.4, "score": 0.75, "drop": 0.002, "drop_95": [-0.001, 0.005],
-        "scored_samples": 100, "time_ratio": ratio, "time_ratio_95": [ratio - 0.1, ratio + 0.3],
+        "name": "all-mse", "sqnr_db": 31.4, "score": 0.75, "scored_samples": 100,
+        "drop": 0.002, "drop_95": [-0.001, 0.005],
+        "time_ratio": ratio, "time_ratio_95": [ratio - 0.1, ratio + 0.3],
         "float_ms": 200.0, "ms": 200.0 * ratio, "timed_as": "all-mse",
     }  # fmt: skip
     facts = {
