@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deploykit import _files, pipeline, verify
-from deploykit._files import held
+from deploykit._locks import held
 from deploykit.errors import InputError, UsageError
 from deploykit.formats import open_model
 from deploykit.measure import statistics

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from deploykit._lazy import needs
-from deploykit.backends._common import check_feed, missing_library, refused
+from deploykit.backends._common import check_feed, missing_library, refused, running
 from deploykit.values import Array, Artifact, Feed, Format, Kernel, Placement, SessionOptions
 
 _TYPES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "int8", "i4": "int4"}
@@ -45,8 +45,10 @@ class OpenVinoSession:
 
     def run(self, feed: Feed) -> dict[str, Array]:
         """Run one batch; the outputs are copies."""
-        self.prepare(feed)()
-        return {s.name: self._request.get_tensor(s.name).data.copy() for s in self.outputs}
+        call = self.prepare(feed)
+        with running(self._artifact, "OpenVINO"):
+            call()
+            return {s.name: self._request.get_tensor(s.name).data.copy() for s in self.outputs}
 
     def prepare(self, feed: Feed) -> Callable[[], object]:
         """Make the arrays contiguous once; each call infers on them in place."""

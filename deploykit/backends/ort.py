@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from deploykit import gpu
+from deploykit import _files, gpu
 from deploykit._lazy import needs
-from deploykit.backends._common import check_feed, missing_library, refused
+from deploykit.backends._common import check_feed, missing_library, refused, running
 from deploykit.environment import versions
 from deploykit.errors import MissingError
 from deploykit.values import Array, Artifact, Feed, Format, Kernel, Placement, SessionOptions
@@ -77,19 +76,20 @@ class OrtSession:
     def __init__(self, artifact: Artifact, options: SessionOptions, provider: str) -> None:
         self.inputs, self.outputs = artifact.inputs, artifact.outputs
         self._artifact, self._options, self._provider = artifact, options, provider
-        self._session = _session(artifact, options, provider)
+        self._opened: Any = _session(artifact, options, provider)
         self._names = [spec.name for spec in self.outputs]
 
     def run(self, feed: Feed) -> dict[str, Array]:
         """Run one batch."""
-        check_feed(feed, self.inputs)
-        return dict(zip(self._names, self.prepare(feed)(), strict=True))
+        call = self.prepare(feed)
+        with running(self._artifact, "ONNX Runtime"):
+            return dict(zip(self._names, call(), strict=True))
 
     def prepare(self, feed: Feed) -> Callable[[], list[Array]]:
         """Make the arrays contiguous once; each call runs the session on them."""
         check_feed(feed, self.inputs)
         arrays = {name: np.ascontiguousarray(array) for name, array in feed.items()}
-        run, names = self._session.run, self._names
+        run, names = self._live().run, self._names
 
         def call() -> list[Array]:
             result: list[Array] = run(names, arrays)
@@ -125,11 +125,19 @@ class OrtSession:
             for (name, operator, precision, provider), each in times.items()
         )
 
+    def _live(self) -> Any:
+        """The session; opened again where it was closed for another to fit."""
+        if self._opened is None:
+            self._opened = _session(self._artifact, self._options, self._provider)
+        return self._opened
+
     def _profile(self, feed: Feed, runs: int) -> list[dict[str, Any]]:
         """What ONNX Runtime's profiler tells of each kernel in each run."""
-        with tempfile.TemporaryDirectory() as folder:
+        if self._artifact.weights:  # too large to be there twice
+            self._opened = None
+        with _files.scratch() as folder:
             session = _session(
-                self._artifact, self._options, self._provider, profile=Path(folder) / "profile"
+                self._artifact, self._options, self._provider, profile=folder / "profile"
             )
             for _ in range(runs):
                 session.run(self._names, dict(feed))
@@ -145,7 +153,7 @@ class OrtSession:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        del self._session
+        del self._opened
 
 
 def _session(

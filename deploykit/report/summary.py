@@ -59,7 +59,7 @@ class Row(Value):
             backend=backend,
             precision=artifact.precision,
             ran=measured.placement.precisions if measured and not measured.invalid else None,
-            size_bytes=_files.size_bytes(artifact.path),
+            size_bytes=sum(map(_files.size_bytes, artifact.files)),
             score=score.score,
             samples=score.samples,
         )
@@ -159,14 +159,18 @@ def ran_as(precisions: dict[str, int] | None) -> str:
 
 
 def size(number: int) -> str:
-    """A size in kB or MB."""
-    return f"{number / 1e3:.0f} kB" if number < 1e6 else f"{number / 1e6:.1f} MB"
+    """A size in B, kB, MB or GB."""
+    if number < 1000:
+        return f"{number} B"
+    if number < 1e6:
+        return f"{number / 1e3:.0f} kB"
+    return f"{number / 1e6:.1f} MB" if number < 1e9 else f"{number / 1e9:.2f} GB"
 
 
 def describe(artifact: Artifact) -> str:
-    """What a stage made, in one line."""
+    """What a stage made, in one line, and one more for each warning."""
     facts = artifact.facts
-    told = [artifact.precision, size(_files.size_bytes(artifact.path))]
+    told = [artifact.precision, size(sum(map(_files.size_bytes, artifact.files)))]
     for key, text in (
         ("parameters_after", "{:,} parameters"),
         ("compute_nodes_quantized", "{} of {compute_nodes} compute nodes quantized"),
@@ -174,24 +178,37 @@ def describe(artifact: Artifact) -> str:
     ):
         if key in facts:
             told.append(text.format(facts[key], **facts))
+    if total := facts.get("multiply_accumulates"):
+        share = facts["multiply_accumulates_quantized"] / total
+        told[-1] += f" with {share:.0%} of the multiply-accumulates"
     if found := facts.get("search"):
-        told += _choice(facts["candidate"], found, facts["preset"]["name"])
-    told += [f"warning: {warning}" for warning in facts.get("warnings", ())]
+        told += choice(facts["candidate"], found)
+    warnings = list(facts.get("warnings", ()))
     if huge := facts.get("huge_ranges"):
-        told.append(f"{len(huge)} tensors with huge ranges ({huge[0]!r}): few levels are left")
-    return ", ".join(told)
+        warnings.append(f"{len(huge)} tensors with huge ranges ({huge[0]!r}): few levels are left")
+    return "\n".join([", ".join(told), *(f"  warning: {warning}" for warning in warnings)])
 
 
-def _choice(name: str, found: Json, preset: str) -> list[str]:
+def choice(name: str, found: Json) -> list[str]:
     """What was chosen, how near to the float model it is, and how fast where it will run."""
     near = f"{found['chosen']['sqnr_db']:.0f} dB to the float model"
     told = [name, f"{near} on {found['held_back_samples']} samples", *_kept(found)]
-    if not preset.startswith(found["runtime"]):
-        return told  # its time is another runtime's
+    if not found.get("timed_on_target"):
+        return [*told, "not timed where it will run"]
     ratio = found["chosen"]["time_ratio"]
-    base = f" ({found['float_ms']:.3g} ms, one thread)" if found.get("float_ms") else ""
-    told.append(f"{1 / ratio:.2f}x as fast as the float model on {found['runtime']}{base}")
-    return [*told, "NOT FASTER than the float model"] if ratio >= 1 else told
+    before, after = (f"{found['chosen'][key]:.3g} ms" for key in ("float_ms", "ms"))
+    where = f"the float model on {found['runtime']} ({after}, was {before}, one thread)"
+    if ratio >= 1:
+        return [*told, f"NOT FASTER than {where}{_slow(found['time_of'])}"]
+    return [*told, f"{1 / ratio:.2f}x as fast as {where}"]
+
+
+def _slow(shares: Json) -> str:
+    """Where the time of a model goes that is not faster than in float."""
+    if not shares:
+        return ""
+    told = ", ".join(f"{share:.0%} {what}" for what, share in shares.items())
+    return f": its time goes {told}; keep the float model there"
 
 
 def _kept(found: Json) -> list[str]:
@@ -199,7 +216,10 @@ def _kept(found: Json) -> list[str]:
     chosen, float_score = found["chosen"], found["float_score"]
     if chosen["drop"] is None:
         return []
-    lost = f"{chosen['drop']:.2g} lost of {found['max_drop']:.2g} allowed"
+    allowed = found["max_drop"]
+    lost = f"{chosen['drop']:.2g} lost of {allowed:.2g} allowed"
+    if chosen["drop"] < 0:
+        lost = f"{-chosen['drop']:.2g} gained, {allowed:.2g} may be lost,"
     where = f"on {chosen['scored_samples']} samples"
     return [f"{found['metric']} {chosen['score']:.4g}, was {float_score:.4g}: {lost} {where}"]
 
