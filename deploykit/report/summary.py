@@ -68,13 +68,12 @@ class Row(Value):
             return plain.model_copy(update={"invalid": measured.invalid if measured else None})
         pytorch, onnx = (measurement(result, b, small) for b in baselines)
         many = measurement(result, f"{name} @ {backend}", large)
+        percentiles = statistics.percentile_intervals_ms(measured, (50, 90, 99))
         return plain.model_copy(
             update={
                 "batch_size": small,
                 "threads": measured.options.threads,
-                "p50_ms": statistics.percentile_interval_ms(measured, 50),
-                "p90_ms": statistics.percentile_interval_ms(measured, 90),
-                "p99_ms": statistics.percentile_interval_ms(measured, 99),
+                **dict(zip(("p50_ms", "p90_ms", "p99_ms"), percentiles, strict=True)),
                 "throughput_per_second": statistics.throughput(many) if many else None,
                 "throughput_batch_size": large if many else None,
                 "over_pytorch": speedup(pytorch, measured),
