@@ -135,6 +135,32 @@ def test_sizes_are_told_in_bytes_kilobytes_and_megabytes(number: int, want: str)
     assert summary.size(number) == want
 
 
+# --- the way
+
+
+def test_what_each_step_took_is_told_of_the_way_of_what_ships() -> None:
+    scores = {
+        "model": 0.93, "model.fp32.onnx": 0.93, "model.int8.onnx": 0.929, "pruned": 0.4,
+        "distilled": 0.928, "distilled.fp32.onnx": 0.928, "distilled.int8.onnx": 0.9285,
+    }  # fmt: skip
+    rows = [row(name=name, score=about(score)) for name, score in scores.items()]
+    text = summary.verdict_text(found(*rows, verdict=shipped("distilled.int8.onnx")))
+    assert (
+        " Step by step: pruned -0.5300, distilled +0.5280, distilled.fp32.onnx +0.0000, "
+        "distilled.int8.onnx +0.0005."
+    ) in text
+    text = summary.verdict_text(found(*rows, verdict=shipped("model.int8.onnx")))
+    assert " Step by step: model.fp32.onnx +0.0000, model.int8.onnx -0.0010." in text
+
+
+def shipped(name: str) -> Verdict:
+    gates = [
+        Gate(name=gate, engine=name, value=about(value), limit=1, passed=True)
+        for gate, value in (("max_drop", 0.002), ("min_speedup", 2))
+    ]
+    return Verdict(ship=name, gates=tuple(gates), reason="")
+
+
 # --- rows
 
 
