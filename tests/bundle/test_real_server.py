@@ -1,20 +1,17 @@
 """The real Triton of the nvidia-pytriton wheel, on loopback, in an environment of its own.
 
-    python -m venv triton && triton/bin/pip install nvidia-pytriton==0.7.0 onnxruntime
-    DEPLOYKIT_TRITON=triton pytest tests/bundle/test_real_server.py
-
-Its C++ backends are not in the wheel: `onnxruntime` is a Python backend here, under that name.
+python -m venv triton && triton/bin/pip install nvidia-pytriton==0.7.0 onnxruntime
+DEPLOYKIT_TRITON=triton pytest tests/bundle/test_real_server.py
 """
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
-import socket
-import subprocess
-import sysconfig
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +26,7 @@ from deploykit.dataset import Dataset
 from deploykit.errors import InputError
 from deploykit.values import Artifact
 from tests.bundle.test_verification import relist
+from tests.bundle.triton_server import Server, running
 
 HOME = Path(os.environ.get("DEPLOYKIT_TRITON", "no such folder"))
 pytestmark = pytest.mark.skipif(
@@ -36,46 +34,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """gRPC address and repository of a Triton that loads what it is told to."""
-    base, ports = tmp_path_factory.mktemp("triton"), [free_port(), free_port()]
-    (site,) = HOME.absolute().glob("lib/python3.*/site-packages")
-    triton, python = site / "pytriton" / "tritonserver", site.parent.name.removeprefix("python")
-    shutil.copytree(triton / "backends" / "python", base / "be" / "python")
-    stub = triton / "python_backend_stubs" / python / "triton_python_backend_stub"
-    shutil.copy(stub, base / "be" / "python")
-    (base / "be" / "onnxruntime").mkdir()
-    backend = Path(__file__).with_name("onnxruntime_backend.py")
-    shutil.copy(backend, base / "be" / "onnxruntime" / "model.py")
-    (base / "repository").mkdir()
-    libraries = [str(site / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR")]
-    env = {"PATH": f"{HOME.absolute() / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(site),
-           "LD_LIBRARY_PATH": ":".join(libraries)}  # fmt: skip
-    command = [
-        str(triton / "bin" / "tritonserver"), f"--model-repository={base / 'repository'}",
-        f"--backend-directory={base / 'be'}", "--disable-auto-complete-config",
-        "--model-control-mode=explicit", "--http-address=127.0.0.1", "--grpc-address=127.0.0.1",
-        f"--http-port={ports[0]}", f"--grpc-port={ports[1]}", "--allow-metrics=false",
-    ]  # fmt: skip
-    with (base / "log").open("wb") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
-    try:
-        for _ in range(300):
-            with socket.socket() as sock:
-                if sock.connect_ex(("127.0.0.1", ports[1])) == 0:
-                    break
-            time.sleep(0.1)
-        yield f"127.0.0.1:{ports[1]}", base / "repository"
-    finally:
-        process.kill()
-        process.wait()
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(HOME, tmp_path_factory.mktemp("triton")) as started:
+        yield started
 
 
 def make(linear: Artifact, data: Dataset, out: Path, version: int) -> Path:
@@ -98,12 +60,12 @@ def ask(url: str, x: np.ndarray[Any, Any], name: str = "net") -> np.ndarray[Any,
 
 
 def test_it_serves_what_is_published_and_nothing_worse(
-    server: tuple[str, Path], linear: Artifact, data: Dataset, tmp_path: Path
+    server: Server, linear: Artifact, data: Dataset, tmp_path: Path
 ):
     from tritonclient.grpc import InferenceServerClient
     from tritonclient.utils import InferenceServerException
 
-    url, repository = server
+    url, repository = server.grpc, server.repository
     first = make(linear, data, tmp_path / "1", 1)
     made = publish(first, repository, PublishOptions(url=url))
     assert made.ready
@@ -155,3 +117,89 @@ def test_it_serves_what_is_published_and_nothing_worse(
         under_load.join()
     assert not failed
     assert answered[0] > 10
+
+
+def http(server: Server, body: bytes, name: str = "web", timeout_s: float = 20) -> tuple[int, Any]:
+    """Status and document of the answer to a request in the v2 protocol."""
+    url = f"http://{server.http}/v2/models/{name}/infer"
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:  # noqa: S310
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read() or b"null")
+
+
+def body(x: np.ndarray[Any, Any], **changes: Any) -> bytes:
+    told = {"name": "x", "shape": list(x.shape), "datatype": "FP32", "data": x.ravel().tolist()}
+    return json.dumps({"inputs": [{**told, **changes}]}).encode()
+
+
+def test_bad_requests_over_http_leave_it_ready(
+    server: Server, linear: Artifact, data: Dataset, tmp_path: Path
+):
+    options = PackageOptions(name="web", layout="triton", version=1)
+    package([(linear, "ort-cpu")], options, out=tmp_path / "web", data=data)
+    publish(tmp_path / "web", server.repository, PublishOptions(url=server.grpc))
+    x = np.random.default_rng(3).standard_normal((5, 3)).astype(np.float32)
+    with load(tmp_path / "web") as here:
+        want = here.run({"x": x})["y"]
+    status, document = http(server, body(x))
+    assert status == 200
+    np.testing.assert_allclose(document["outputs"][0]["data"], want.ravel(), rtol=1e-5, atol=1e-6)
+    bad = [
+        body(x, name="z"), body(x, datatype="FP64"), body(x, shape=[5, 4]), body(x, shape=[0, 3]),
+        body(x, shape=[-5, 3]), body(np.zeros((33, 3), np.float32)), body(x)[:40], b"", b"[]",
+        b"{" * 5000, body(x, data=["a"] * 15), body(np.zeros((60_000, 3), np.float32)),
+    ]  # fmt: skip
+    for each in bad:
+        assert 400 <= http(server, each)[0] <= 500, each[:80]  # 500 is for data of another size
+    assert http(server, body(x), name="nobody")[0] in (400, 404)
+    assert http(server, body(x))[0] == 200
+
+
+SOAK_S = float(os.environ.get("DEPLOYKIT_SOAK_S", "10"))
+"""How long it is loaded; the nightly run takes 120 and more."""
+
+
+def test_it_serves_through_publish_and_rollback_with_flat_memory(
+    server: Server, linear: Artifact, data: Dataset, tmp_path: Path
+):
+    options = PublishOptions(url=server.grpc, keep=0)
+    made = {}
+    for version in range(1, 4 + int(SOAK_S / 4)):
+        chosen = PackageOptions(name="soak", layout="triton", version=version)
+        made[version] = tmp_path / str(version)
+        package([(linear, "ort-cpu")], chosen, out=made[version], data=data)
+    publish(made[1], server.repository, options)
+    failed, answered, stop = [], [0], threading.Event()
+    x = np.ones((2, 3), np.float32)
+    want = ask(server.grpc, x, "soak")
+
+    def load_it() -> None:
+        while not stop.is_set():
+            try:
+                np.testing.assert_allclose(ask(server.grpc, x, "soak"), want, rtol=1e-5)
+                answered[0] += 1
+            except BaseException as error:  # noqa: BLE001 - told below
+                failed.append(error)
+
+    threads = [threading.Thread(target=load_it) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    began, memory, version = time.monotonic(), [], 1
+    try:
+        while time.monotonic() - began < SOAK_S and version + 1 in made:
+            version += 1
+            publish(made[version], server.repository, options)
+            if version % 3 == 0:
+                rollback(server.repository, "soak", options)
+            time.sleep(2)
+            memory.append(server.resident_bytes())
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not failed
+    assert answered[0] > 100
+    assert memory[-1] < 1.25 * memory[len(memory) // 3]
