@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from deploykit import _files, _locks, backends, evaluation, metrics, store
+from deploykit import _files, _json, _locks, backends, evaluation, metrics, store
 from deploykit._code import load_function
 from deploykit.bundle import Bundle, PackagedModel, PackageOptions, inventory, manifest, package
 from deploykit.environment import read as read_environment
@@ -323,7 +323,7 @@ def _package_options(run: Run, artifact: Artifact, memory: Path) -> PackageOptio
     if "threads" not in options.model_fields_set:
         options = options.model_copy(update={"threads": run.recipe.bench.threads})
     try:
-        last = parse(Bundle, store.read_json(memory).get("value"), str(memory))
+        last = parse(Bundle, _json.read(memory).get("value"), str(memory))
     except InputError:
         return options
     served = {entry.sha256 for entry in last.files if entry.role == "model"}

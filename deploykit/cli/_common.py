@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from deploykit import _files, store
+from deploykit import _files, _json
 from deploykit._code import beside, split_reference
 from deploykit._shapes import parse_inputs
 from deploykit.cli._errors import Shown
@@ -187,7 +187,7 @@ def show(value: Value | Json, text: str, *, as_json: bool, schema: str = "") -> 
     plain = value.model_dump(mode="json", by_alias=True) if isinstance(value, Value) else value
     document = plain if "schema" in plain else {"schema": schema, **plain}
     context = click.get_current_context()
-    click.echo(store.json_text(document), nl=False, file=context.meta[STDOUT])
+    click.echo(_json.text(document), nl=False, file=context.meta[STDOUT])
     context.ensure_object(Shown).document = True
 
 

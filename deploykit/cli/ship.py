@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from deploykit import backends, store
+from deploykit import _json, backends
 from deploykit.bundle import (
     BundleError,
     PackagedModel,
@@ -73,7 +73,7 @@ def _backend(artifact: Artifact, asked: str | None) -> str:
 
 def _evidence(paths: tuple[Path, ...]) -> Json | None:
     """The documents as one. Raises InputError: one is not of deploykit."""
-    documents = [store.read_json(path) for path in paths]
+    documents = [_json.read(path) for path in paths]
     for path, document in zip(paths, documents, strict=True):
         if not str(document.get("schema")).startswith("deploykit."):
             raise InputError(
@@ -176,7 +176,7 @@ def _show_published(made: Published, *, as_json: bool) -> None:
 
 def _machine(path: Path) -> Environment:
     """The description of a machine, alone or in the document of `doctor`."""
-    told = store.read_json(path)
+    told = _json.read(path)
     return parse(Environment, told.get("environment", told), str(path))
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field
 
-from deploykit import _files, metrics, store
+from deploykit import _files, _json, metrics
 from deploykit.environment import Environment
 from deploykit.measure import BenchResult, statistics
 from deploykit.report import html
@@ -278,7 +278,7 @@ def _baselines(summary: RunSummary) -> str:
 def write(summary: RunSummary, result: BenchResult, out: Path) -> None:
     """Write `summary.json`, `summary.md` and `report.html`."""
     _files.write_text(
-        out / "summary.json", store.json_text(summary.model_dump(mode="json", by_alias=True))
+        out / "summary.json", _json.text(summary.model_dump(mode="json", by_alias=True))
     )
     _files.write_text(out / "summary.md", markdown(summary))
     page = html.Page(
