@@ -9,12 +9,13 @@ from pathlib import Path
 
 from deploykit._code import beside
 from deploykit.dataset import Dataset, open_dataset
+from deploykit.faster import prune_until_faster
 from deploykit.formats import open_model
 from deploykit.formats.torch_module import EXAMPLE_INPUTS
 from deploykit.recipe import Recipe
 from deploykit.stages.distill import distill
 from deploykit.stages.export import export
-from deploykit.stages.prune import prune
+from deploykit.stages.prune import OBSERVED, prune
 from deploykit.stages.quantize import quantize
 from deploykit.stages.take import TakeOptions, is_program, take
 from deploykit.values import Artifact
@@ -114,9 +115,15 @@ def _take(recipe: Recipe, artifacts: Artifacts, out: Path, progress: Progress) -
 def _prune(
     recipe: Recipe, source: str, artifacts: Artifacts, out: Path, progress: Progress
 ) -> Artifact:
-    del progress
-    assert recipe.prune is not None  # noqa: S101 - the plan has this step only then
-    return prune(artifacts[source], recipe.prune, out=out, force=True)
+    options = recipe.prune
+    assert options is not None  # noqa: S101 - the plan has this step only then
+    seen = data(recipe, "train" if recipe.data.train else "calibration")
+    if options.speedup is None:
+        needed = seen if options.importance in OBSERVED else None
+        return prune(artifacts[source], options, out=out, data=needed, force=True)
+    return prune_until_faster(
+        artifacts[source], options, out=out, data=seen, force=True, progress=progress
+    )
 
 
 def _distill(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,7 +15,7 @@ from deploykit.backends import BACKENDS
 from deploykit.bundle import PackageOptions
 from deploykit.errors import InputError, did_you_mean
 from deploykit.measure import BenchOptions
-from deploykit.metrics import METRICS
+from deploykit.metrics import METRICS, UP_TO_ONE
 from deploykit.stages.distill import DistillOptions
 from deploykit.stages.export import ExportOptions
 from deploykit.stages.prune import PruneOptions
@@ -73,6 +73,12 @@ class Gates(Value):
     def _known(cls, metric: str) -> str:
         return metric if ":" in metric else _one_of(metric, METRICS)
 
+    @model_validator(mode="after")
+    def _asks(self) -> Self:
+        if self.max_drop >= 1 and self.metric in UP_TO_ONE:
+            raise ValueError(f"max_drop {self.max_drop:g} allows any {self.metric}: write 0.005")
+        return self
+
 
 class BenchSection(BenchOptions):
     """Benchmark options, and the backends to measure on beside the target."""
@@ -112,6 +118,11 @@ class Recipe(Value):
             raise ValueError("[distill] needs 'train' in [data]")
         if self.package.layout == "triton" and self.quantize.target == "openvino":
             raise ValueError("the triton layout does not serve openvino: take the plain layout")
+        if self.prune and self.prune.speedup and self.prune.target != self.quantize.target:
+            raise ValueError(
+                f"[prune] is for {self.prune.target} and [quantize] for {self.quantize.target}: "
+                "give both the same 'target'"
+            )
         if (self.prune or self.distill) and self.model.path and self.model.path.endswith(".onnx"):
             raise ValueError("[prune] and [distill] need a PyTorch model, this one is ONNX")
         return self

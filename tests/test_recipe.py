@@ -191,6 +191,8 @@ def test_an_unknown_table_is_refused(tmp_path: Path) -> None:
         ('path = "model.onnx"', 'path = "a"\nfactory = "b:c"', ["either 'path' or"], "correct"),
         ("[data]", "[prune]\nratio = 0.3\n[data]", ["PyTorch model, this one is ONNX"], "correct"),
         ("[data]", "[distill]\n[data]\ntrain = 't'", ["this one is ONNX"], "correct"),
+        ('"model.onnx"', '"folder"\n[prune]\nspeedup = "2x"\ntarget = "openvino"',
+         ["[prune] is for openvino and [quantize] for ort-cpu"], "correct"),
         ('"model.onnx"', '"folder"\n[distill]', ["[distill] needs 'train'"], "correct"),
         ('"model.onnx"', "5", ["'model.path'", "got 5"], "correct this value"),
         ("[model]\npath", "model", ["'model'", "got 'model.onnx'"], "correct this value"),

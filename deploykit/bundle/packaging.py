@@ -238,6 +238,7 @@ def _add(folder: Path, member: Member, path: str, feed: Feed, machine: Environme
     return Engine(
         path=path,
         record=record,
+        timing_cache=_add_timing_cache(folder, member),
         format="engine" if native else "onnx",
         native_code=native,
         precision=source.precision,
@@ -249,6 +250,17 @@ def _add(folder: Path, member: Member, path: str, feed: Feed, machine: Environme
         golden=None if reason else golden.record(model, backend, feed, folder / outputs),
         no_golden=reason,
     )
+
+
+def _add_timing_cache(folder: Path, member: Member) -> str | None:
+    """Keep what TensorRT measured when it built: a build of the same again is quick."""
+    history = member.artifact.history
+    told = history[-1].options.get("timing_cache") if history else None
+    if member.artifact.format != "engine" or not told or not Path(str(told)).is_file():
+        return None
+    name = f"timing{member.label}.cache"
+    shutil.copyfile(str(told), folder / name)
+    return name
 
 
 def _write_bom(
@@ -318,6 +330,8 @@ def _entries(
         roles |= {engine.path: "model", engine.record: "record"}
         if engine.golden:
             roles[engine.golden.path] = "golden"
+        if engine.timing_cache:
+            roles[engine.timing_cache] = "cache"
     return tuple(
         FileEntry(
             path=name,

@@ -97,6 +97,8 @@ def _settings(field: FieldInfo) -> dict[str, Any] | None:
         return {"type": Items(item), "multiple": True} if item in (int, float, str) else None
     if kind is bool:
         return {"default": None, "pair": True}
+    if origin is Annotated and arguments[0] is float:
+        return {"type": str}  # the value itself reads its unit, as in 2x
     return {"type": kind} if kind in (int, float, str) else None
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deploykit import store
 from deploykit._lazy import needs
 from deploykit.errors import InputError
+from deploykit.formats.onnx_check import KINDS
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +19,10 @@ if TYPE_CHECKING:
 
 LARGE = 1_000_000_000
 """Bytes of weights that are not held twice."""
+
+
+OWN_KINDS = (b"PK", b"\x80")
+"""How checkpoints of PyTorch begin: a zip archive, or a pickle that is then not run."""
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -71,6 +78,7 @@ def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
         import torch
         from safetensors import SafetensorError
         from safetensors.torch import load_file
+    _look(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.load guesses at a pickle that it then refuses
@@ -96,6 +104,36 @@ def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
             f"{path}: not a state dict of tensors", hint="save model.state_dict() and nothing else"
         )
     return state
+
+
+def _look(path: Path) -> None:
+    """Refuse what plainly is something else, and what the reader of safetensors lets pass.
+
+    Raises InputError: it names what it looks like, or what its header must not have.
+    """
+    safe = path.suffix == ".safetensors"
+    kind = "safetensors" if safe else "checkpoint"
+    with path.open("rb") as file:
+        head = file.read(64)
+        if not head:
+            raise InputError(f"{path}: not a {kind} file: it is empty", hint="save it again")
+        for offset, magic, what, hint in KINDS:
+            own = magic.startswith(OWN_KINDS) or (safe and offset == 8)
+            if not own and head[offset:].startswith(magic):
+                raise InputError(f"{path}: no checkpoint but {what}", hint=hint)
+        if not safe or len(head) < 9:
+            return
+        file.seek(8)
+        header = file.read(min(int.from_bytes(head[:8], "little"), path.stat().st_size))
+    if not header.startswith(b"{"):
+        raise InputError(
+            f"{path}: not a safetensors file: its header does not begin with {{",
+            hint="save it again",
+        )
+    try:
+        json.loads(header, object_pairs_hook=store.unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a safetensors file: {error}", hint="save it again") from None
 
 
 def _check_finite(module: nn.Module, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from deploykit._lazy import needs
@@ -32,6 +33,22 @@ def replay(module: nn.Module, edits: Edits, inputs: tuple[TensorSpec, ...], fact
         ) from error
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in trained)
+
+
+def set_attributes(module: nn.Module, attributes: Mapping[str, int]) -> None:
+    """Set whole numbers that modules keep, by `module.attribute`. Raises InputError: none such."""
+    for place, value in attributes.items():
+        name, _, attribute = place.rpartition(".")
+        try:
+            layer = module.get_submodule(name)
+        except AttributeError:
+            layer = None
+        if layer is None or type(getattr(layer, attribute, None)) is not int:
+            raise InputError(
+                f"the model has no number {place!r} that pruning changed",
+                hint="use the factory that the model was pruned with",
+            )
+        setattr(layer, attribute, value)
 
 
 def dependency_graph(module: nn.Module, inputs: tuple[TensorSpec, ...]) -> Any:

@@ -22,7 +22,7 @@ from deploykit._lazy import needs
 from deploykit.errors import InputError, StageError
 from deploykit.formats import program_file
 from deploykit.formats.checkpoint import LARGE, load_weights
-from deploykit.formats.torch_edits import Edits, replay
+from deploykit.formats.torch_edits import Edits, replay, set_attributes
 from deploykit.formats.torch_module import call, construct, examples, output_tensors
 from deploykit.store import read_json
 from deploykit.values import Artifact, Dimension, Json, TensorSpec, Value, parse
@@ -43,6 +43,10 @@ class Description(Value):
     """`factory.py:function`, `package.module:function`, or `program.pt2`."""
     arguments: Json = {}
     edits: Edits = ()
+    attributes: dict[str, int] = {}
+    """What the removal changed beside parameters, by `module.attribute`: numbers of heads."""
+    sparse: tuple[str, ...] = ()
+    """Parameters whose zeros stay zero in training."""
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     dimensions: tuple[Dimension, ...] = ()
@@ -78,6 +82,7 @@ def load(artifact: Artifact) -> nn.Module:
     with torch.inference_mode(mode=False):  # a caller's inference mode would forbid gradients
         module = construct(reference_in(folder, description), description.arguments)
         replay(module, description.edits, description.inputs, description.factory)
+        set_attributes(module, description.attributes)
     load_weights(module, folder / WEIGHTS)
     return module.eval()
 

@@ -91,7 +91,7 @@ def _quantize(facts: Json) -> Iterator[str]:
         method = facts.get("calibration_method") or "weights alone, chosen"
         yield f"{method} on {facts.get('calibration_samples', '?')} samples of {data}"
     if found := facts.get("search"):
-        yield ", ".join(choice(facts["candidate"], found, facts["preset"]["name"]))
+        yield ", ".join(choice(facts["candidate"], found))
     yield from _left(facts)
     yield from facts.get("prepared") or ()
 

@@ -92,6 +92,8 @@ class RunSummary(Value):
     metric: str
     target: str
     rows: tuple[Row, ...]
+    baselines: dict[str, str] = {}
+    """The engines that the speed-ups are over, by what the table calls them."""
     noise_floor: Interval
     """Speed-up of the baseline over itself in another process: less than this is noise."""
     verdict: Verdict
@@ -167,7 +169,7 @@ def size(number: int) -> str:
 
 
 def describe(artifact: Artifact) -> str:
-    """What a stage made, in one line."""
+    """What a stage made, in one line, and one more for each warning."""
     facts = artifact.facts
     told = [artifact.precision, size(sum(map(_files.size_bytes, artifact.files)))]
     for key, text in (
@@ -177,23 +179,37 @@ def describe(artifact: Artifact) -> str:
     ):
         if key in facts:
             told.append(text.format(facts[key], **facts))
+    if total := facts.get("multiply_accumulates"):
+        share = facts["multiply_accumulates_quantized"] / total
+        told[-1] += f" with {share:.0%} of the multiply-accumulates"
     if found := facts.get("search"):
-        told += choice(facts["candidate"], found, facts["preset"]["name"])
-    told += [f"warning: {warning}" for warning in facts.get("warnings", ())]
+        told += choice(facts["candidate"], found)
+    warnings = list(facts.get("warnings", ()))
     if huge := facts.get("huge_ranges"):
-        told.append(f"{len(huge)} tensors with huge ranges ({huge[0]!r}): few levels are left")
-    return ", ".join(told)
+        warnings.append(f"{len(huge)} tensors with huge ranges ({huge[0]!r}): few levels are left")
+    return "\n".join([", ".join(told), *(f"  warning: {warning}" for warning in warnings)])
 
 
-def choice(name: str, found: Json, preset: str) -> list[str]:
+def choice(name: str, found: Json) -> list[str]:
     """What was chosen, how near to the float model it is, and how fast where it will run."""
     near = f"{found['chosen']['sqnr_db']:.0f} dB to the float model"
     told = [name, f"{near} on {found['held_back_samples']} samples", *_kept(found)]
-    if not preset.startswith(found["runtime"]):
-        return told  # its time is another runtime's
+    if not found.get("timed_on_target"):
+        return [*told, "not timed where it will run"]
     ratio = found["chosen"]["time_ratio"]
-    told.append(f"{1 / ratio:.2f}x as fast on {found['runtime']}")
-    return [*told, "NOT FASTER than the float model"] if ratio >= 1 else told
+    before, after = (f"{found['chosen'][key]:.3g} ms" for key in ("float_ms", "ms"))
+    where = f"the float model on {found['runtime']} ({after}, was {before}, one thread)"
+    if ratio >= 1:
+        return [*told, f"NOT FASTER than {where}{_slow(found['time_of'])}"]
+    return [*told, f"{1 / ratio:.2f}x as fast as {where}"]
+
+
+def _slow(shares: Json) -> str:
+    """Where the time of a model goes that is not faster than in float."""
+    if not shares:
+        return ""
+    told = ", ".join(f"{share:.0%} {what}" for what, share in shares.items())
+    return f": its time goes {told}; keep the float model there"
 
 
 def _kept(found: Json) -> list[str]:
@@ -201,7 +217,10 @@ def _kept(found: Json) -> list[str]:
     chosen, float_score = found["chosen"], found["float_score"]
     if chosen["drop"] is None:
         return []
-    lost = f"{chosen['drop']:.2g} lost of {found['max_drop']:.2g} allowed"
+    allowed = found["max_drop"]
+    lost = f"{chosen['drop']:.2g} lost of {allowed:.2g} allowed"
+    if chosen["drop"] < 0:
+        lost = f"{-chosen['drop']:.2g} gained, {allowed:.2g} may be lost,"
     where = f"on {chosen['scored_samples']} samples"
     return [f"{found['metric']} {chosen['score']:.4g}, was {float_score:.4g}: {lost} {where}"]
 
@@ -232,8 +251,8 @@ def verdict_text(summary: RunSummary) -> str:
     return (
         f"Ship {verdict.ship} on {summary.target}, the recipe's target: "
         f"{summary.metric} drop {interval(drop.value, 4)} (allowed {drop.limit:.4f}), "
-        f"{interval(gain.value, 2, 'x')} as fast as FP32 ONNX (needed above {gain.limit:.2f}x: "
-        f"the larger of the recipe's limit and the noise floor)."
+        f"{interval(gain.value, 2, 'x')} as fast as FP32 ONNX there "
+        f"(needed above {gain.limit:.2f}x: the larger of the recipe's limit and the noise floor)."
         f"{_unsettled(drop, samples)}{_elsewhere(summary)}"
     )
 
@@ -278,9 +297,20 @@ def notes(summary: RunSummary) -> str:
         else ""
     )
     return (
-        f"{sizes}Brackets are 95 % intervals. Noise floor (the baseline against itself): "
-        f"{interval(summary.noise_floor, 3, 'x')}; a gain inside it is none.{quick}"
+        f"{sizes}{_baselines(summary)}Brackets are 95 % intervals. "
+        f"Noise floor (the baseline against itself): {interval(summary.noise_floor, 3, 'x')}; "
+        f"a gain inside it is none.{quick}"
         + "".join(f" {note}." for note in summary.notes if not note.startswith("quick"))
+    )
+
+
+def _baselines(summary: RunSummary) -> str:
+    """What each speed-up is over, with its time."""
+    times = {f"{r.name} @ {r.backend}": r.p50_ms for r in summary.rows if r.p50_ms}
+    return "".join(
+        f"{title}: over {name}, {interval(times[name], 3)} ms. "
+        for title, name in summary.baselines.items()
+        if name in times
     )
 
 

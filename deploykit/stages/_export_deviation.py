@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploykit import _files
 from deploykit._lazy import needs
 from deploykit.backends import open_session
 from deploykit.formats import onnx_weights, torch_module
@@ -92,8 +91,8 @@ def _onnx_values(artifact: Artifact, feed: Feed, names: Sequence[str]) -> dict[s
     shown = [name for name in names if name in there and name not in own]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in shown)
     outputs = tuple(TensorSpec(name=n, dtype="float32", shape=()) for n in (*own, *shown))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "shown.onnx"
+    with _files.scratch() as folder:
+        path = folder / "shown.onnx"
         onnx_weights.lend(artifact.weights, artifact.path.parent, path.parent)
         onnx.save(model, path)
         open_wide = artifact.model_copy(update={"path": path, "outputs": outputs})

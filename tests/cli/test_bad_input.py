@@ -324,7 +324,8 @@ def test_a_name_that_the_file_system_cannot_hold(
 
 def test_a_required_option_left_out(deploykit: Command, tmp_path: Path, teacher: Artifact) -> None:
     told = deploykit("prune", teacher.path, "-o", tmp_path / "m")
-    assert (told.code, told.lines) == (2, ["error: --ratio: Field required", "  fix: give it"])
+    assert told.code == 2
+    assert "give either a ratio or a speedup" in told.lines[0]
 
 
 def test_a_metric_that_prints_leaves_stdout_to_the_document(

@@ -218,3 +218,30 @@ def convnet(width: int = 16) -> nn.Module:
         conv(1, width), nn.MaxPool2d(2), conv(width, width), nn.AdaptiveAvgPool2d(1),
         nn.Flatten(), nn.Dropout(0.1), nn.Linear(width, 4),
     )  # fmt: skip
+
+
+class CountedHeads(nn.Module):
+    """Four heads of eight channels; `counted` reshapes by their number, else by their size."""
+
+    def __init__(self, counted: bool) -> None:
+        super().__init__()
+        self.counted, self.num_heads, self.head_dim = counted, 4, 8
+        self.q, self.k, self.v = (nn.Linear(16, 32) for _ in range(3))
+        self.out = nn.Linear(32, 32)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        count, length, _ = tokens.shape
+        heads = self.num_heads if self.counted else -1
+        q, k, v = (
+            layer(tokens).view(count, length, heads, self.head_dim).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
+        y = torch.softmax(q @ k.transpose(-1, -2), -1) @ v
+        return self.out(y.transpose(1, 2).reshape(count, length, -1))
+
+
+def counted_heads(counted: bool = True) -> nn.Module:
+    def wiring(self: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.block(tokens)).mean(1))
+
+    return Wired(wiring, block=CountedHeads(counted), head=nn.Linear(32, 10))

@@ -21,6 +21,7 @@ from deploykit.stages.take import TakeOptions, take
 from deploykit.values import Array, Artifact, TensorSpec
 from tests.stages import small_models
 
+ROOT_PATH = Path(__file__).parents[2]
 FACTORIES = Path(small_models.__file__)
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(203, 16)).astype(np.float32)
@@ -61,6 +62,24 @@ def teacher(tmp_path: Path) -> Artifact:
 @pytest.fixture
 def student(tmp_path: Path) -> Artifact:
     return prune(mlp(tmp_path / "student"), PruneOptions(ratio=0.5), out=tmp_path / "small")
+
+
+# The zeros of a masked model
+
+
+@pytest.mark.parametrize("options", [{"method": "weights", "ratio": 0.5}, {"method": "2:4"}])
+def test_a_masked_student_keeps_its_zeros(
+    options: dict[str, object], teacher: Artifact, tmp_path: Path
+) -> None:
+    student = prune(mlp(tmp_path / "s"), PruneOptions(**options), out=tmp_path / "masked")
+    made = distill(student, QUICK, teacher=teacher, data=data(tmp_path), out=tmp_path / "out")
+    names = torch_folder.describe(made.path).sparse
+    assert len(names) == 2
+    before, after = weights(student), weights(made)
+    for name in names:
+        zero = before[name] == 0
+        assert zero.float().mean() == pytest.approx(0.5, abs=0.01)
+        assert torch.equal(after[name] == 0, zero)
 
 
 # The loss

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from deploykit.dataset import Dataset, padded
 from deploykit.environment import read as read_environment
 from deploykit.errors import InputError, UsageError
 from deploykit.formats import onnx_weights
+from deploykit.formats.onnx_graph import Graph, open_shapes
 from deploykit.formats.onnx_sizes import WEIGHTS_FOLDER
 from deploykit.stages.quantize.histogram import Histogram
 from deploykit.values import Array, Json, Value
@@ -90,6 +90,18 @@ def runs(
         yield dict(zip(names, outputs, strict=True)), done
 
 
+def sample_shapes(graph: Graph, data: Dataset) -> dict[str, tuple[int, ...]]:
+    """Shapes, on the first sample, of what the model leaves open around its compute nodes.
+
+    Raises InputError: the model fails on the sample.
+    """
+    names = sorted(open_shapes(graph))
+    if not names:
+        return {}
+    outputs, _ = next(runs(graph.model, names, data, graph.folder))
+    return {name: array.shape for name, array in outputs.items()}
+
+
 class _Kept(Value):
     """Histograms by tensor, as plain data."""
 
@@ -156,8 +168,8 @@ def _session(model: onnx.ModelProto, names: list[str], weights: Path | None) -> 
             return ort.InferenceSession(
                 model.SerializeToString(), settings, providers=["CPUExecutionProvider"]
             )
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "observed.onnx"
+        with _files.scratch() as folder:
+            path = folder / "observed.onnx"
             onnx.save(model, path)
             return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     finally:

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from deploykit.formats import onnx_file, onnx_weights
-from deploykit.formats.onnx_graph import Graph
+from deploykit.formats.onnx_graph import COMPUTE, Graph
+from deploykit.stages.quantize.lab import RUNS, Lab
 from deploykit.stages.quantize.placement import FUSED
-from deploykit.stages.quantize.presets import COMPUTE
 from deploykit.values import Artifact, Kernel
-
-if TYPE_CHECKING:
-    from deploykit.stages.quantize.lab import Lab
-
-
-RUNS = 20
-"""Runs under the runtime's profiler."""
 
 
 def times(lab: Lab, artifact: Artifact) -> tuple[dict[str, float], float | None]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deploykit import _files
 from deploykit._lazy import needs
 from deploykit.formats import onnx_file, onnx_lift, onnx_weights
 from deploykit.formats.onnx_graph import drop_unused, name_nodes, subgraph_nodes
@@ -37,13 +37,13 @@ def prepare(path: Path, *, opset: int = 13) -> tuple[onnx.ModelProto, tuple[str,
     model, told = onnx_lift.lift(model, opset, path)
     if count := _affine(model):
         told.append(f"{count} Sub and Div by a constant written as Add and Mul")
-    with tempfile.TemporaryDirectory() as folder:
+    with _files.scratch() as folder:
         source = path
         if told:
-            source = Path(folder) / "changed.onnx"
+            source = folder / "changed.onnx"
             onnx.save(model, source)
         del model
-        prepared, way = _folded(source, Path(folder) / "prepared.onnx")
+        prepared, way = _folded(source, folder / "prepared.onnx")
     name_nodes(prepared)
     return prepared, (*told, way)
 

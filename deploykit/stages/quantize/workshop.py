@@ -15,18 +15,24 @@ from deploykit.dataset import Dataset
 from deploykit.environment import versions
 from deploykit.errors import AnswerIsNo
 from deploykit.formats import onnx_weights
-from deploykit.formats.onnx_graph import Graph
+from deploykit.formats.onnx_graph import COMPUTE, Graph
 from deploykit.stages.quantize import blocks, guard, placement, qdq
 from deploykit.stages.quantize.account import account
 from deploykit.stages.quantize.bias import bias_corrected
-from deploykit.stages.quantize.calibration import Calibration, Progress, observe, remembered
+from deploykit.stages.quantize.calibration import (
+    Calibration,
+    Progress,
+    observe,
+    remembered,
+    sample_shapes,
+)
 from deploykit.stages.quantize.channels import Channels, observe_channels
 from deploykit.stages.quantize.equalize import cross_layer, smooth
 from deploykit.stages.quantize.levels import Grid
 from deploykit.stages.quantize.methods import EXACT, Method, Range, calibrate
 from deploykit.stages.quantize.placement import Plan
 from deploykit.stages.quantize.prepare import TOO_LARGE, prepare
-from deploykit.stages.quantize.presets import COMPUTE, OPSETS, Preset
+from deploykit.stages.quantize.presets import OPSETS, Preset
 from deploykit.stages.quantize.rounding import adaptive
 from deploykit.values import Array, Artifact, Json
 
@@ -38,13 +44,20 @@ HUGE = 1e4
 
 
 Correction = Literal[
-    "cross_layer_equalization", "smooth_quant", "bias_correction", "adaptive_rounding"
+    "cross_layer_equalization",
+    "smooth_quant",
+    "smooth_quant_strong",
+    "adaptive_rounding",
+    "bias_correction",
 ]
 CORRECTIONS: tuple[Correction, ...] = (
-    "cross_layer_equalization", "smooth_quant", "adaptive_rounding", "bias_correction",
+    "cross_layer_equalization", "smooth_quant", "smooth_quant_strong", "adaptive_rounding",
+    "bias_correction",
 )  # fmt: skip
-"""In the order in which they are tried: the first two make other weights, which the others mend."""
-EQUALIZATIONS: tuple[Correction, ...] = ("cross_layer_equalization", "smooth_quant")
+"""In the order in which they are tried: the first make other weights, which the last two mend."""
+STRENGTHS: dict[Correction, float] = {"smooth_quant": 0.5, "smooth_quant_strong": 0.7}
+"""How far outliers go from the activations over to the weights; one of the two is taken."""
+EQUALIZATIONS: tuple[Correction, ...] = ("cross_layer_equalization", *STRENGTHS)
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,12 @@ class Variant:
     method: Method
     percentile: float = 99.99
     corrections: tuple[Correction, ...] = ()
+
+    def with_correction(self, name: Correction) -> Variant:
+        """This and one correction more; of two strengths of one, the new one."""
+        same = STRENGTHS if name in STRENGTHS else ()
+        kept = (c for c in self.corrections if c not in same)
+        return replace(self, corrections=(*kept, name))
 
 
 @dataclass
@@ -108,6 +127,7 @@ class Workshop:
             )  # fmt: skip
 
         graph = Graph(model, source.path.parent)
+        graph = replace(graph, shapes=sample_shapes(graph, data))
         identity = {
             "model": source.sha256,
             "data": data.digest,
@@ -134,7 +154,7 @@ class Workshop:
             if name == "cross_layer_equalization":
                 graph = cross_layer(self.graph)
             else:
-                graph = smooth(self.graph, self.channels)
+                graph = smooth(self.graph, self.channels, STRENGTHS[name])
             self.others[name] = (
                 replace(self, graph=graph, seen=self.look(graph), others={}, ranges={}, rounded={})
                 if graph
@@ -260,4 +280,5 @@ def nothing(facts: Json, preset: Preset) -> AnswerIsNo:
         hint="the work of this model lies in operators or subgraphs that stay in float"
         if preset.activation
         else f"weights are quantized to {preset.reason}",
+        facts=facts,
     )

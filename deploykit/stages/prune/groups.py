@@ -12,6 +12,7 @@ from deploykit.formats import torch_module
 from deploykit.values import TensorSpec
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 Items = Any
@@ -39,6 +40,10 @@ class Group:
     channels: int
     obstacle: str | None
     """Why no channel may go; None if they may."""
+    unit: int = 1
+    """Channels that go together: those of a head of attention."""
+    attention: str | None = None
+    """The module whose heads they are."""
 
 
 def find_groups(
@@ -131,20 +136,35 @@ class _Finder:
 
     def group(self, items: Items) -> Group:
         root = items[0].dep.target.module
-        layers = {self.names[layer] for layer in _writers(items)}
+        layers = {self.names[layer] for layer in writers(items)}
+        channels = self.graph.get_out_channels(root)
+        unit, attention = self._head(items, channels)
         return Group(
             root=self.names[root],
             layers=tuple(name for name in self.names.values() if name in layers),
-            channels=self.graph.get_out_channels(root),
+            channels=channels,
             obstacle=next(self._obstacles(items), None),
+            unit=unit,
+            attention=attention,
         )
 
+    def _head(self, items: Items, channels: int) -> tuple[int, str | None]:
+        """Channels of a head, as the attributes of the attention around the layers tell it."""
+        if not any(word in item.dep.target.name for item in items for word in ATTENTION):
+            return 1, None
+        modules = {name: layer for layer, name in self.names.items()}
+        for name in sorted({self.names[w].rpartition(".")[0] for w in writers(items)}):
+            for unit in _head_sizes(modules[name], channels):
+                if 1 < unit <= channels and channels % unit == 0:
+                    return unit, name
+        return 1, None
+
     def _obstacles(self, items: Items) -> Iterator[str]:
-        writers = set(_writers(items))
+        makers = set(writers(items))
         for item in items:
             node = item.dep.target
             name = self.names.get(node.module, "")
-            if node.module in writers and name in self.outputs:
+            if node.module in makers and name in self.outputs:
                 yield f"{name!r} makes an output of the model"
             if self.runs[name] > 1:
                 yield f"{name!r} runs {self.runs[name]} times"
@@ -170,7 +190,58 @@ class _Finder:
             yield f"the channels of {name!r} cannot be followed (a concatenation that is reshaped)"
 
 
-def _writers(items: Items) -> Iterator[nn.Module]:
+ATTENTION = ("Bmm", "Softmax", "ScaledDotProduct")
+"""Parts of the names of autograd's nodes in attention."""
+
+
+def head_attributes(module: nn.Module) -> dict[str, int]:
+    """The whole numbers that an attention module keeps of its heads and width, by name."""
+    words = ("head", "embed_dim", "inner_dim", "hidden_size")
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if type(value) is int and any(word in name for word in words)
+    }
+
+
+def _head_sizes(module: nn.Module, channels: int) -> Iterator[int]:
+    """Channels of one head: what a size says first, then what a count says."""
+    found = {n: v for n, v in head_attributes(module).items() if "head" in n and v > 0}
+    sized = [n for n in found if n.endswith(("head_size", "head_dim", "dim_head", "size_per_head"))]
+    yield from (found[name] for name in sized if "all" not in name)
+    yield from (channels // found[name] for name in found if name.endswith(("heads", "nhead")))
+
+
+def readers(items: Items) -> Iterator[tuple[nn.Module, torch.Tensor, torch.Tensor]]:
+    """The layers that read channels of the group: which of their inputs, and of which channel."""
+    import torch
+    import torch_pruning as tp
+
+    for item in items:
+        if item.dep.handler in (tp.prune_conv_in_channels, tp.prune_linear_in_channels):
+            index, roots = (
+                torch.tensor([int(i) for i in each]) for each in (item.idxs, item.root_idxs)
+            )
+            yield item.dep.target.module, index, roots
+
+
+def gates(items: Items) -> list[nn.Module]:
+    """Where the channels of the group come out: each layer, or the batch normalization behind."""
+    from torch import nn
+
+    found = []
+    made = set(writers(items))
+    for item in items:
+        node = item.dep.target
+        if node.module in made:
+            made.discard(node.module)
+            after = [n.module for n in node.outputs]
+            norm = next((m for m in after if isinstance(m, nn.modules.batchnorm._BatchNorm)), None)  # noqa: SLF001
+            found.append(norm or node.module)
+    return found
+
+
+def writers(items: Items) -> Iterator[nn.Module]:
     """The convolution and linear layers whose output channels are in the group."""
     from torch import nn
 
