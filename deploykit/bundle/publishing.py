@@ -329,9 +329,7 @@ def _place(folder: Path, whole: Whole, engine: Engine) -> None:
             out.mkdir()
             for name in _files.tree(model.parent):
                 (out / name).parent.mkdir(parents=True, exist_ok=True)
-                # weights that a file names are refused where they are hard links
-                put = _link if name == model.name else shutil.copyfile
-                put(model.parent / name, out / name)
+                (_link if name == model.name else shutil.copyfile)(model.parent / name, out / name)
     warmup = model.parent.parent / triton.WARMUP
     if warmup.is_dir():
         (folder / triton.WARMUP).mkdir(exist_ok=True)

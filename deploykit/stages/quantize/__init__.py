@@ -159,10 +159,9 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
         runtime, simulated, elsewhere = _runtime(options)
         warnings += elsewhere
         lab = Lab(shop, runtime, held, order.promise, folder, order.talk, simulated)
-        chosen = options.chooses or order.promise
+        corrects = (options.chooses or order.promise) and not shop.large
         try:
-            tried = options.tried_corrections if chosen and not shop.large else ()
-            point = search(lab, candidates, tried)
+            point = search(lab, candidates, options.tried_corrections if corrects else ())
         except AnswerIsNo as no:
             no.facts |= _found(lab, None, {})
             for warning in warnings:  # the data may be why
