@@ -212,7 +212,8 @@ class Lab:
             return [each for point in points for each in self.timed([point])]
         feed = self._feed()
         artifacts = [self.shop.source, *(point.artifact for point in points)]
-        sessions = [self._open(artifact, 1) for artifact in artifacts]
+        # the float model last: what loading the others takes meanwhile is gone by then
+        sessions = [self._open(artifact, 1) for artifact in reversed(artifacts)][::-1]
         calls = [session.prepare(feed) for session in sessions]
         for call in calls * 2:
             call()
