@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import glob
 import hashlib
 import os
@@ -50,9 +49,9 @@ def size_bytes(path: Path) -> int:
 
 def unsafe(path: str) -> bool:
     """Whether a path from elsewhere must not be used: not relative, not normalised, odd letters."""
-    parts = path.split("/")
-    odd = any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts)
-    return odd or "\\" in path or not path.isprintable()
+    if "\\" in path or not path.isprintable():
+        return True
+    return any(part in ("", ".", "..") or len(part.encode()) > 255 for part in path.split("/"))
 
 
 def open_regular(path: Path) -> int:
@@ -83,12 +82,22 @@ def check_free(out: Path, *, force: bool) -> None:
             f"{out} exists already", hint="give another output path, or --force to replace it"
         )
     parent = next((p for p in out.absolute().parents if p.exists()), Path("/"))
-    probe = parent / f".{out.name}.record.json.tmp-{os.getpid()}-{secrets.token_hex(4)}.json"
+    longest = parent / f".{out.name}.record.json.next"  # of the names that it will take
     try:
+        _sweep(longest)
+        probe = _temporary(longest)
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
-        raise _unwritable(out, error) from error
+        raise unwritable(out, error) from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it. Raises UsageError, ResourceError: it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
 
 
 def check_file(out: Path) -> None:
@@ -97,7 +106,8 @@ def check_file(out: Path) -> None:
         raise UsageError(f"{out} is a folder", hint="give the path of a file")
 
 
-def _unwritable(out: Path, error: OSError) -> DeploykitError:
+def unwritable(out: Path, error: OSError) -> DeploykitError:
+    """The error for what the system says where `out` is written: full, or not allowed."""
     if error.errno in _FULL:
         return ResourceError(
             f"{out}: no space left to write it ({error.strerror})",
@@ -121,11 +131,10 @@ def staged(out: Path) -> Iterator[Path]:
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         _sweep(out)
-        token = secrets.token_hex(4)
-        folder = out.with_name(f".{out.name}.tmp-{os.getpid()}-{token}")
+        folder = _temporary(out)
         folder.mkdir()
     except OSError as error:
-        raise _unwritable(out, error) from error
+        raise unwritable(out, error) from error
     try:
         yield folder / out.name
         _interrupt.check()
@@ -134,7 +143,7 @@ def staged(out: Path) -> Iterator[Path]:
         _publish(folder, out)
     except Exception as error:
         if full := _full(error):
-            raise _unwritable(out, full) from error
+            raise unwritable(out, full) from error
         raise
     finally:
         remove(folder)
@@ -169,33 +178,16 @@ def _full(error: BaseException | None) -> OSError | None:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep other processes of deploykit out of a folder. Raises UsageError: one is in it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"{folder} is in use by another run",
-                hint="wait for it, or give another output folder",
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, removed at the end if it is still there."""
     path = path.absolute()
     _sweep(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = _temporary(path)
     try:
         yield temporary
     except Exception as error:
         if full := _full(error):
-            raise _unwritable(path, full) from error
+            raise unwritable(path, full) from error
         raise
     finally:
         remove(temporary)
@@ -248,6 +240,11 @@ def _exchange(one: Path, other: Path) -> bool:
     return bool(rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0)
 
 
+def _temporary(out: Path) -> Path:
+    """A name beside `out` that `_sweep` knows, and nobody else has."""
+    return out.with_name(f".{out.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+
+
 def _sync(path: Path) -> None:
     """Flush a file, or every file and folder under a folder, to disk."""
     if path.is_dir():
@@ -270,9 +267,15 @@ def _sync_folder(folder: Path) -> None:
 
 def _sweep(out: Path) -> None:
     """Remove what a killed process left beside `out`; what a living one writes stays."""
-    prefix = f".{out.name}.tmp-"
-    for stale in out.absolute().parent.glob(f"{glob.escape(prefix)}*"):
-        pid = stale.name.removeprefix(prefix).split("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+    sweep(out.absolute().parent, glob.escape(out.name))
+
+
+def sweep(folder: Path, names: str = "*") -> None:
+    """Remove what killed processes left in a folder on their way to such names."""
+    if not Path("/proc/self").exists():
+        return
+    for stale in folder.glob(f".{names}.tmp-*"):
+        pid = stale.name.rpartition(".tmp-")[2].split("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
             with suppress(OSError):  # another process may sweep here too
                 remove(stale)

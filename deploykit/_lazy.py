@@ -12,6 +12,7 @@ INSTALL = {
     "openvino": "pip install 'deploykit[cpu]'",
     "tensorrt": "pip install 'deploykit[tensorrt]' with the vendor's package index",
     "tensorrt_rtx": "pip install 'deploykit[tensorrt-rtx]'",
+    "mlperf_loadgen": "pip install 'deploykit[loadgen]'",
     "model_signing": "pip install 'deploykit[sign]'",
     "tritonclient": "pip install 'deploykit[triton]'",
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from deploykit import gpu
 from deploykit.gpu import Gpu
-from deploykit.values import Value
+from deploykit.values import Json, Value
 
 LIBRARIES = (
     "deploykit", "torch", "torch-pruning", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
@@ -25,6 +25,10 @@ CPU_FEATURES = (
 
 INT8_DOT_PRODUCT = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 """Any one of them sums 8-bit products in 32 bits."""
+
+
+MOMENTARY = {"load_average", "frequency_mhz", "memory_available_bytes"}
+CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 
 
 class Environment(Value):
@@ -42,9 +46,32 @@ class Environment(Value):
     libraries: dict[str, str]
     load_average: float
     virtual_machine: bool
+    governor: str | None = None
+    """Of the first core's frequency; None where the machine does not tell."""
+    frequency_mhz: float | None = None
+    """Of the first core, now."""
+    memory_available_bytes: int | None = None
+    memory_limit_bytes: int | None = None
+    """Of the control group, None for no limit."""
+    container: str | None = None
     gpus: tuple[Gpu, ...] = ()
     driver: str | None = None
     """Version of the NVIDIA driver, None where there is no GPU."""
+
+    def lasting(self) -> Json:
+        """What of it stays as it is from one minute to the next: part of keys of kept work."""
+        return self.model_dump(mode="json", exclude=MOMENTARY)
+
+    def hardware(self) -> Json:
+        """What makes two machines the same experiment: libraries and kernel may differ."""
+        return {
+            "cpu": self.cpu,
+            "cpu features": list(self.cpu_features),
+            "cores": self.cores,
+            "cpu quota": self.cpu_quota,
+            "memory in GiB": round(self.memory_bytes / 2**30),
+            "gpus": [gpu.name for gpu in self.gpus],
+        }
 
 
 def read() -> Environment:
@@ -64,6 +91,11 @@ def read() -> Environment:
         libraries=versions(LIBRARIES),
         load_average=os.getloadavg()[0],
         virtual_machine="hypervisor" in _cpuinfo(),
+        governor=_first_line(CPUFREQ / "scaling_governor"),
+        frequency_mhz=_megahertz(),
+        memory_available_bytes=_memory_available_bytes(),
+        memory_limit_bytes=_memory_limit_bytes(),
+        container=_container(),
         gpus=() if isinstance(gpus, str) else gpus,
         driver=gpu.driver(),
     )
@@ -104,6 +136,42 @@ def is_arm() -> bool:
 def _cpuinfo() -> str:
     path = Path("/proc/cpuinfo")
     return path.read_text().split("\n\n")[0] if path.exists() else ""
+
+
+def _first_line(path: Path) -> str | None:
+    try:
+        return path.read_text().split("\n")[0].strip()
+    except OSError:
+        return None
+
+
+def _megahertz() -> float | None:
+    kilohertz = _first_line(CPUFREQ / "scaling_cur_freq")
+    if kilohertz and kilohertz.isdigit():
+        return int(kilohertz) / 1e3
+    match = re.search(r"cpu MHz\s*:\s*([\d.]+)", _cpuinfo())
+    return float(match.group(1)) if match else None
+
+
+def _memory_available_bytes() -> int | None:
+    path = Path("/proc/meminfo")
+    match = re.search(r"MemAvailable:\s*(\d+) kB", path.read_text() if path.exists() else "")
+    return int(match.group(1)) << 10 if match else None
+
+
+def _memory_limit_bytes() -> int | None:
+    told = _first_line(Path("/sys/fs/cgroup/memory.max"))
+    return int(told) if told and told.isdigit() else None
+
+
+def _container() -> str | None:
+    """What kind of container this is, by the marks that each leaves."""
+    if kind := os.environ.get("container"):  # noqa: SIM112 - systemd writes it so
+        return kind
+    if "KUBERNETES_SERVICE_HOST" in os.environ:
+        return "kubernetes"
+    marks = {"docker": "/.dockerenv", "podman": "/run/.containerenv"}
+    return next((name for name, path in marks.items() if Path(path).exists()), None)
 
 
 def _cpu_name() -> str:

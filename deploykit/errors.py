@@ -1,13 +1,14 @@
 """The errors that a user can act on.
 
 Each has one line of fact and one line with the way out (`hint`), and the exit code of its kind.
+What a user should know besides is a note each (`add_note`); what was measured is in `facts`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import ClassVar
+from typing import Any, ClassVar
 
 UNEXPECTED, USAGE, INPUT, MISSING, INTEGRITY, RESOURCE, ANSWER_IS_NO, INTERRUPTED = (
     1, 2, 3, 4, 5, 6, 7, 130,
@@ -19,9 +20,15 @@ class DeploykitError(Exception):
 
     exit_code: ClassVar[int] = UNEXPECTED
 
-    def __init__(self, fact: str, *, hint: str) -> None:
+    def __init__(self, fact: str, *, hint: str, facts: Mapping[str, Any] | None = None) -> None:
         super().__init__(fact)
         self.hint = hint
+        self.facts = dict(facts or {})
+
+    @property
+    def notes(self) -> list[str]:
+        """What was added by `add_note`."""
+        return list(getattr(self, "__notes__", ()))
 
 
 class UsageError(DeploykitError):

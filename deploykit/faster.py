@@ -79,7 +79,7 @@ def prune_until_faster(
                 },
             )
 
-    machine = environment.read().model_dump(mode="json", exclude={"load_average"})
+    machine = environment.read().lasting()
     others = {"data": data.digest} if data else {}
     others["machine"] = store.digest_of(machine)  # times are not those of another one
     libraries = (*LIBRARIES, "onnxruntime", "openvino")

@@ -68,6 +68,8 @@ METRICS: dict[str, PerSample] = {
     "cosine": _cosine,
     "sqnr": _sqnr,
 }
+UP_TO_ONE = frozenset(METRICS) - {"sqnr"}
+"""Metrics that are 1 at best: a drop of 1 is all there is to lose."""
 NEED_TARGET = frozenset({"top1", "top5"})
 UserMetric = Callable[[Mapping[str, Array], Array | None, Mapping[str, Array] | None], float]
 

@@ -6,18 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from deploykit import _files, backends, evaluation, metrics, store
+from deploykit import _files, _locks, backends, evaluation, metrics, store
 from deploykit._code import load_function
 from deploykit.bundle import Bundle, PackagedModel, PackageOptions, inventory, manifest, package
 from deploykit.environment import read as read_environment
-from deploykit.errors import DeploykitError, InputError, IntegrityError, UsageError
+from deploykit.errors import DeploykitError, InputError, UsageError
 from deploykit.evaluation import Outputs
 from deploykit.measure import BenchOptions, BenchResult, Candidate, bench, statistics
 from deploykit.plan import FLOAT, MODEL, Step, data, plan
 from deploykit.recipe import Recipe
 from deploykit.report import summary
 from deploykit.report.summary import Row, RunSummary
-from deploykit.values import Artifact, Score, SessionOptions, StageRecord, Verdict, parse
+from deploykit.values import Artifact, Score, SessionOptions, Verdict, parse
 from deploykit.verdict import Contender, Limits, decide
 
 MARKER = "deploykit-run.json"
@@ -87,7 +87,7 @@ def run(
         load_function(recipe.gates.metric)  # before minutes of work, not after
     _check_apart(recipe)
     _claim(out, force=force)
-    with _files.held(out):
+    with _locks.held(out):
         return _carried_out(state)
 
 
@@ -135,22 +135,13 @@ def _make(run: Run, step: Step) -> None:
     """Make one artifact and score it on the runtimes that it is for."""
     run.observer.step(step.name, step.stage)
     path = run.out / "work" / step.name
-    before = _last_record(path)
+    before = store.last_record(path)
     artifact = step.make(run.artifacts, path, run.observer.progress)
     run.artifacts[step.name] = artifact
     cached = bool(artifact.history) and artifact.history[-1] == before
     run.observer.done(summary.describe(artifact), cached=cached)
     for backend in _backends_for(run, artifact):
         _score(run, step.name, backend)
-
-
-def _last_record(path: Path) -> StageRecord | None:
-    """How the model at a path was made; None where there is nothing whole."""
-    try:
-        artifact = store.read(path)
-    except (InputError, IntegrityError):
-        return None
-    return artifact.history[-1] if artifact and artifact.history else None
 
 
 def _backends_for(run: Run, artifact: Artifact) -> list[str]:
@@ -171,7 +162,7 @@ def _score(run: Run, name: str, backend: str) -> None:
             "data": evaluated.digest,
             "metric": evaluation.metric_identity(metric),
             "reference": reference.sha256,
-            "machine": read_environment().model_dump(mode="json", exclude={"load_average"}),
+            "machine": read_environment().lasting(),
             "code": store.code_digest(),
         }
     )
@@ -223,7 +214,7 @@ def _bench(run: Run) -> BenchResult:
             "candidates": [(c.name, c.artifact.sha256) for c in candidates],
             "options": options.model_dump(mode="json"),
             "data": evaluated.digest,
-            "environment": read_environment().model_dump(mode="json", exclude={"load_average"}),
+            "environment": read_environment().lasting(),
             "code": store.code_digest(),
         }
     )
@@ -281,6 +272,7 @@ def _summarize(run: Run, result: BenchResult, verdict: Verdict) -> RunSummary:
         metric=run.recipe.gates.metric,
         target=run.target,
         rows=tuple(rows),
+        baselines={"vs PyTorch": baselines[0], "vs FP32 ONNX": baselines[1]},
         noise_floor=statistics.noise_floor(result, _latency_batch(result)),
         verdict=verdict,
         environment=result.environment,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,7 +15,7 @@ from deploykit.backends import BACKENDS
 from deploykit.bundle import PackageOptions
 from deploykit.errors import InputError, did_you_mean
 from deploykit.measure import BenchOptions
-from deploykit.metrics import METRICS
+from deploykit.metrics import METRICS, UP_TO_ONE
 from deploykit.stages.distill import DistillOptions
 from deploykit.stages.export import ExportOptions
 from deploykit.stages.prune import PruneOptions
@@ -72,6 +72,12 @@ class Gates(Value):
     @classmethod
     def _known(cls, metric: str) -> str:
         return metric if ":" in metric else _one_of(metric, METRICS)
+
+    @model_validator(mode="after")
+    def _asks(self) -> Self:
+        if self.max_drop >= 1 and self.metric in UP_TO_ONE:
+            raise ValueError(f"max_drop {self.max_drop:g} allows any {self.metric}: write 0.005")
+        return self
 
 
 class BenchSection(BenchOptions):

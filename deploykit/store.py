@@ -10,14 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deploykit import _files, _interrupt
+from deploykit import _files, _interrupt, _locks
 from deploykit.environment import versions
 from deploykit.errors import InputError, IntegrityError, UsageError
 from deploykit.values import (
@@ -82,16 +84,26 @@ class Job(Value):
 def produce(job: Job, work: Callable[[Path], Made], *, out: Path, force: bool = False) -> Artifact:
     """Run a stage's `work` on a temporary path and publish what it made at `out`.
 
-    What lies at `out` already is returned as it is if it was made by the same job. Raises
-    UsageError: `out` is in the way and not forced.
+    What lies at `out` already is returned as it is if it was made by the same job. Of several
+    processes one makes it, the others wait. Raises UsageError: `out` is in the way and not forced.
+    ResourceError: another process does not get done with it.
     """
     if done := find(out, job.key):
         return done
-    _files.check_free(out, force=force)
-    _check_replaceable(out)
+    _check_free(out, force=force)
+    with _locks.alone(out):
+        if done := find(out, job.key):
+            return done
+        _check_free(out, force=force)
+        _settle(out)
+        return _make(job, work, out)
+
+
+def _make(job: Job, work: Callable[[Path], Made], out: Path) -> Artifact:
     replaced = _weights_of(out)
     started = time.monotonic()
     with ExitStack() as publishing:
+        publishing.callback(_settle, out)
         with _files.staged(out) as temporary:
             made = work(temporary)
             record = StageRecord(
@@ -116,15 +128,61 @@ def produce(job: Job, work: Callable[[Path], Made], *, out: Path, force: bool = 
             )
             _interrupt.check()
             publishing.enter_context(_interrupt.held())  # a model and its record go together
-            if temporary.is_dir():
-                _write_record(temporary / FOLDER_RECORD, artifact)
-            else:
-                record_path(out).unlink(missing_ok=True)  # never a new model beside an old record
+            _write_record(temporary, out, artifact)
         if not out.is_dir():
-            _write_record(record_path(out), artifact)
+            _files.move(_next_record(out), record_path(out))
         for name in set(replaced) - set(made.weights):
             (out.parent / name).unlink(missing_ok=True)
     return artifact
+
+
+def place(made: Artifact, out: Path, *, force: bool = False) -> Artifact:
+    """Put a model of one file, made elsewhere on trial, at `out` with its record.
+
+    Raises UsageError: `out` is in the way and not forced.
+    """
+    _check_free(out, force=force)
+    artifact = made.model_copy(update={"path": out})
+    with _locks.alone(out), ExitStack() as publishing:
+        publishing.callback(_settle, out)
+        with _files.staged(out) as temporary:
+            shutil.copyfile(made.path, temporary)
+            publishing.enter_context(_interrupt.held())
+            _write_record(temporary, out, artifact)
+        _files.move(_next_record(out), record_path(out))
+    return artifact
+
+
+def _check_free(out: Path, *, force: bool) -> None:
+    _files.check_free(out, force=force)
+    _check_replaceable(out)
+
+
+def _next_record(out: Path) -> Path:
+    """Where a record waits for its model; `read` takes it if it fits: a kill parts them never."""
+    return out.with_name(f".{out.name}.record.json.next")
+
+
+def _settle(out: Path) -> None:
+    """After a kill or an error: give the model the record that waits, or drop it."""
+    waiting = _next_record(out)
+    if not waiting.exists():
+        return
+    if _waiting(out):
+        _files.move(waiting, record_path(out))
+    else:
+        waiting.unlink()
+
+
+def _waiting(path: Path) -> Artifact | None:
+    """The artifact at `path` by a record that waits for it; None if that is of another model."""
+    waiting = _next_record(path)
+    if not waiting.exists() or not path.is_file():
+        return None
+    try:
+        return _described(path, waiting)
+    except (InputError, IntegrityError):
+        return None
 
 
 def _weights_of(out: Path) -> tuple[str, ...]:
@@ -160,8 +218,14 @@ def read(path: Path) -> Artifact | None:
     Raises IntegrityError: the model is not the one that the record describes.
     """
     record = record_path(path)
+    if found := _waiting(path):
+        return found
     if not path.exists() or not record.exists():
         return None
+    return _described(path, record)
+
+
+def _described(path: Path, record: Path) -> Artifact:
     artifact = parse(Artifact, read_json(record), str(record))
     artifact = artifact.model_copy(update={"path": path})
     if digest(path, artifact.weights) != artifact.sha256:
@@ -172,6 +236,15 @@ def read(path: Path) -> Artifact | None:
             else f"make it again, or remove {record} to use it as a model without history",
         )
     return artifact
+
+
+def last_record(path: Path) -> StageRecord | None:
+    """How the model at a path was made; None where there is nothing whole."""
+    try:
+        artifact = read(path)
+    except (InputError, IntegrityError):
+        return None
+    return artifact.history[-1] if artifact and artifact.history else None
 
 
 def record_path(path: Path) -> Path:
@@ -248,6 +321,14 @@ def read_json(path: Path) -> Json:
     return data
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> Json:
+    """A JSON object without repeated keys, for `json.loads`. Raises ValueError."""
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"key {key!r} is given {count} times")
+    return dict(pairs)
+
+
 @cache
 def code_digest() -> str:
     """Digest of deploykit's own code: results of other code are not reused."""
@@ -264,9 +345,9 @@ def record_text(artifact: Artifact) -> str:
     return json.dumps({**plain, "path": "."}, indent=1) + "\n"
 
 
-def _write_record(path: Path, artifact: Artifact) -> None:
-    text = record_text(artifact)
-    if path.name == FOLDER_RECORD:
-        path.write_text(text, encoding="utf-8")
+def _write_record(temporary: Path, out: Path, artifact: Artifact) -> None:
+    """Into the folder; of a file beside where it is to lie, to wait for it."""
+    if temporary.is_dir():
+        (temporary / FOLDER_RECORD).write_text(record_text(artifact), encoding="utf-8")
     else:
-        _files.write_text(path, text)
+        _files.write_text(_next_record(out), record_text(artifact))

@@ -235,7 +235,10 @@ class Placement(Value):
     """What really ran: the provider, and how many nodes ran in each precision."""
 
     provider: str
+    """That was asked for."""
     precisions: dict[str, int]
+    providers: dict[str, int] = {}
+    """Nodes by the provider that ran them, where the runtime has several."""
     detail: Json = {}
 
 
@@ -248,6 +251,12 @@ class Kernel(Value):
     """As the runtime calls it."""
     microseconds: float
     """Typical time of one run."""
+    precision: str = ""
+    provider: str = ""
+    """In which, and where, it ran; empty where the runtime does not say."""
+    nodes: tuple[str, ...] = ()
+    module: str | None = None
+    """Of the ONNX file and of the PyTorch model that it is for, where the files tell."""
 
 
 class SessionOptions(Value):
@@ -265,7 +274,8 @@ class Measurement(Value):
     """Raw times of one engine and what is needed to compare them.
 
     `blocks_ns[i][j]` is call j of block i, host to host, in nanoseconds. Blocks of equal index in
-    one run were taken near each other in time: compare them in pairs.
+    one run were taken near each other in time: compare them in pairs. `load_ns` and `first_run_ns`
+    are medians over the processes, the peak of memory is the largest.
     """
 
     name: str
@@ -276,10 +286,19 @@ class Measurement(Value):
     first_run_ns: int
     warmup_runs: int
     blocks_ns: tuple[tuple[int, ...], ...]
+    process_blocks: tuple[int, ...] = ()
+    """How many of the blocks each process gave, in order; empty for one process."""
+    loads_ns: tuple[int, ...] = ()
+    first_runs_ns: tuple[int, ...] = ()
+    """Of each process."""
+    yardsticks_ns: tuple[int, ...] = ()
+    """Of each process: the time of a fixed piece of work, which tells of the machine alone."""
     placement: Placement
     peak_rss_bytes: int
     transfers: Literal["host to host"] = "host to host"
     affinity: tuple[int, ...] = ()
+    kernels: tuple[Kernel, ...] = ()
+    """Where the time goes, from the runtime's own profile of a few more runs."""
     cosines: dict[str, float] = {}
     """Cosine of each output with that of the run's first engine on the same feeds."""
     invalid: str | None = None

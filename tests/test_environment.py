@@ -124,3 +124,9 @@ def test_arm_kernels_widen_products_before_they_add(
     cpuinfo.unlink()
     monkeypatch.setattr(environment.platform, "machine", lambda: machine)
     assert environment.has_int8_dot_product() is environment.is_arm() is wide
+
+
+def test_what_lasts_is_the_same_a_moment_later() -> None:
+    one, other = environment.read(), environment.read()
+    assert one.lasting() == other.lasting()
+    assert not {"load_average", "frequency_mhz", "memory_available_bytes"} & set(one.lasting())

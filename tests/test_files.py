@@ -444,34 +444,6 @@ def test_nothing_is_swept_where_processes_cannot_be_told(
     assert len(texts(tmp_path)) == 2
 
 
-# --- held
-
-
-HOLDS = """
-import sys
-from pathlib import Path
-from deploykit import _files
-with _files.held(Path(sys.argv[1])):
-    print("holding", flush=True)
-    input()
-"""
-
-
-def test_a_folder_is_held_by_one_process_until_it_ends(tmp_path: Path) -> None:
-    other = python(HOLDS, tmp_path, wait=False)
-    assert other.stdout is not None
-    assert other.stdout.readline() == "holding\n"
-    two_lines = refused(UsageError, tmp_path, "in use by another run", hint="wait for it")
-    with two_lines, _files.held(tmp_path):
-        pytest.fail("both hold the folder")
-    other.kill()  # a killed process holds nothing
-    told(other)
-    for _ in range(2):
-        with _files.held(tmp_path):
-            pass
-    assert not any(tmp_path.iterdir())
-
-
 # --- small ones
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deploykit import _files, pipeline, verify
-from deploykit._files import held
+from deploykit._locks import held
 from deploykit.errors import InputError, UsageError
 from deploykit.formats import open_model
 from deploykit.measure import statistics
@@ -60,7 +60,7 @@ def recipe() -> Recipe:
             "data": _with(full.data, train_samples=2000, evaluation_samples=1000),
             "gates": _with(full.gates, max_drop=0.1, min_speedup=0.05),
             "distill": _with(full.distill, epochs=1),
-            "bench": _with(full.bench, blocks=15, block_ms=20.0),
+            "bench": _with(full.bench, processes=1, blocks=15, block_ms=20.0),
         }
     )
 

@@ -385,13 +385,63 @@ def test_a_killed_stage_leaves_what_was_there(tmp_path: Path, kind: str) -> None
     process = python(STAGE, out, kind, "killed", wait=False)
     process.communicate("\n", timeout=60)
     assert process.returncode == -signal.SIGKILL
-    assert len(list(tmp_path.glob(".*"))) == 1
+    assert sorted(p.name for p in tmp_path.glob(".*"))[0] == ".model.lock"
     assert store.read(out) == first
     store.produce(job(size=2), work, out=out, force=True)
     assert not list(tmp_path.glob(".*"))
 
 
-def test_never_a_new_model_beside_an_old_record(
+STEPS = """
+import os, shutil, signal, sys
+from pathlib import Path
+from deploykit import store
+from deploykit.store import Job, Made
+from deploykit.values import Interval
+def work(path):
+    path.write_text("new")
+    return Made(format="torch", precision="fp32", inputs=(), outputs=(), facts={})
+steps = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
+def make(out, step):
+    left = [step]
+    def count(event, arguments):
+        if event in steps and str(out.parent) in str(arguments[0]):
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(count)
+    job = Job(stage="again", source=None, options=Interval(value=1, low=2, high=3))
+    store.produce(job, work, out=out, force=True)
+store.code_digest()
+base, code = Path(sys.argv[1]), 1
+for step in range(1, 100):
+    shutil.copytree(base / "pristine", base / str(step))
+    if not os.fork():
+        make(base / str(step) / "model.onnx", step)
+        os._exit(0)
+    if not os.wait()[1]:
+        print(step)
+        break
+"""
+
+
+def test_a_kill_before_any_step_leaves_old_or_new_with_its_record(tmp_path: Path) -> None:
+    """Processes kill themselves before their 1st, 2nd, ... step on the file system."""
+    old = store.produce(job(), to_file, out=tmp_path / "pristine" / "model.onnx")
+    count, seen = int(told(python(STEPS, tmp_path))[0]), []
+    for step in range(1, count + 1):
+        out = tmp_path / str(step) / "model.onnx"
+        found = store.read(out)
+        assert found is not None
+        seen.append(found.history[-1].stage)
+        assert (seen[-1] == "again") == (out.read_text() == "new")
+        assert (seen[-1] == "make") == (found.sha256 == old.sha256)
+        store.produce(job(size=9), to_file, out=out, force=True)
+        assert sorted(content(out.parent)) == ["model.onnx", "model.onnx.record.json"]
+    assert seen == sorted(seen, reverse=True)
+    assert 10 < seen.index("again") < count - 1
+
+
+def test_an_error_between_model_and_record_parts_them_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "model.onnx"
@@ -399,7 +449,8 @@ def test_never_a_new_model_beside_an_old_record(
     real = os.fsync
 
     def dies(descriptor: int) -> None:
-        if Path(f"/proc/self/fd/{descriptor}").is_dir():  # the model is published by now
+        if Path(f"/proc/self/fd/{descriptor}").is_dir() and out.read_text() == "new":
+            monkeypatch.setattr(os, "fsync", real)
             raise KeyboardInterrupt
         real(descriptor)
 
@@ -407,7 +458,19 @@ def test_never_a_new_model_beside_an_old_record(
     with pytest.raises(KeyboardInterrupt):
         store.produce(job(size=2), lambda p: (p.write_text("new"), made())[1], out=out, force=True)
     assert out.read_text() == "new"
-    assert not store.record_path(out).exists()
+    assert store.find(out, job(size=2).key)
+    assert sorted(content(tmp_path)) == ["model.onnx", "model.onnx.record.json"]
+
+
+def test_a_waiting_record_of_another_model_is_not_taken(tmp_path: Path) -> None:
+    out = tmp_path / "model.onnx"
+    old = store.produce(job(), to_file, out=out)
+    (tmp_path / ".model.onnx.record.json.next").write_text(
+        store.record_text(old.model_copy(update={"sha256": "0" * 64}))
+    )
+    assert store.read(out) == old
+    (tmp_path / ".model.onnx.record.json.next").write_text("torn {")
+    assert store.read(out) == old
 
 
 def raced(processes: list[subprocess.Popen[str]]) -> list[str]:
@@ -516,9 +579,9 @@ def test_an_interrupt_waits_until_a_model_has_its_record(
 ) -> None:
     out, real = tmp_path / "model.onnx", store._write_record
 
-    def interrupted(path: Path, artifact: Artifact) -> None:
+    def interrupted(temporary: Path, path: Path, artifact: Artifact) -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        real(path, artifact)
+        real(temporary, path, artifact)
 
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setattr(store, "_write_record", interrupted)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from deploykit.backends.openvino import OpenVino
-from deploykit.backends.ort import OrtCpu
-from deploykit.backends.pytorch import PyTorch
+from deploykit.backends.ort import CUDA, TENSORRT, OrtCpu, OrtGpu
+from deploykit.backends.pytorch import PyTorch, PyTorchCompile
 from deploykit.backends.tensorrt import TensorRt
 from deploykit.errors import MissingError, UsageError, did_you_mean
 from deploykit.session import Backend, Session
@@ -12,11 +12,16 @@ from deploykit.values import Artifact, Format, SessionOptions
 
 BACKENDS: tuple[Backend, ...] = (
     PyTorch(),
+    PyTorchCompile(),
     OrtCpu(),
     OpenVino(),
+    OrtGpu("ort-cuda", CUDA),
+    OrtGpu("ort-tensorrt", TENSORRT),
     TensorRt("tensorrt"),
     TensorRt("tensorrt-rtx"),
 )
+NAMED_ONLY = frozenset({"pytorch-compile"})
+"""Taken only where asked for by name: it compiles each model anew, in every process."""
 
 
 def backend(name: str) -> Backend:
@@ -36,13 +41,13 @@ def available(format_: Format) -> tuple[Backend, ...]:
 def open_session(
     artifact: Artifact, name: str | None = None, options: SessionOptions | None = None
 ) -> Session:
-    """Open a model on the backend of this name, or on the first that takes its format.
+    """Open a model on the backend of this name, or on the first that fits.
 
     Raises UsageError: not a format of the backend. MissingError: no backend for it here.
     """
     options = options or SessionOptions()
     if name is None:
-        name = _first(artifact)
+        name = fitting(artifact)[0]
     chosen = backend(name)
     if artifact.format not in chosen.formats:
         raise UsageError(
@@ -53,19 +58,27 @@ def open_session(
         raise UsageError(f"{name} cannot simulate integers", hint="ort-cpu can")
     if options.cuda_graph and not isinstance(chosen, TensorRt):
         raise UsageError(f"{name} has no CUDA graphs", hint="TensorRT engines have")
-    if reason := chosen.unavailable():
-        raise MissingError(f"{name} cannot run here: {reason}", hint="see `deploykit doctor`")
+    check_available(name)
     return chosen.open(artifact, options)
 
 
-def _first(artifact: Artifact) -> str:
-    """The first backend that takes the artifact's format and, of an engine, is its flavour."""
-    fitting = [b.name for b in available(artifact.format)]
+def check_available(name: str) -> None:
+    """Raises MissingError: the backend of this name cannot run here, and why."""
+    if reason := backend(name).unavailable():
+        raise MissingError(f"{name} cannot run here: {reason}", hint="see `deploykit doctor`")
+
+
+def fitting(artifact: Artifact) -> list[str]:
+    """The backends that can run it here, without those that must be named.
+
+    Of an engine, that of its flavour. Raises MissingError: there is none.
+    """
+    names = [b.name for b in available(artifact.format) if b.name not in NAMED_ONLY]
     if artifact.format == "engine":
-        fitting = [name for name in fitting if name == artifact.facts.get("flavour")]
-    if not fitting:
+        names = [name for name in names if name == artifact.facts.get("flavour")]
+    if not names:
         raise no_backend(artifact)
-    return fitting[0]
+    return names
 
 
 def no_backend(artifact: Artifact) -> MissingError:

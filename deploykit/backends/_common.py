@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from deploykit._lazy import INSTALL, installed
-from deploykit.errors import InputError
+from deploykit.errors import DeploykitError, InputError, ResourceError
 from deploykit.values import Artifact, Feed, TensorSpec
+
+OUT_OF_MEMORY = ("bad_alloc", "ailed to allocate", "annot allocate", "bad allocation")
 
 
 def missing_library(module: str) -> str | None:
@@ -31,10 +36,38 @@ def check_feed(feed: Feed, inputs: tuple[TensorSpec, ...]) -> None:
             )
 
 
+@contextmanager
+def running(artifact: Artifact, runtime: str) -> Iterator[None]:
+    """Tell what a runtime raises while it runs a model, in two lines.
+
+    Raises ResourceError: it ran out of memory. InputError: it fails on this input.
+    """
+    try:
+        yield
+    except DeploykitError:
+        raise
+    except Exception as error:  # the runtimes' exceptions share no base
+        line = _first_line(error)
+        if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+            raise ResourceError(
+                f"{artifact.path}: {runtime} runs out of memory when it runs it: {line}",
+                hint="use a smaller batch; a model that takes so much may mean harm, do not load "
+                "it if you do not trust where it is from",
+            ) from error
+        raise InputError(
+            f"{artifact.path}: {runtime} fails to run it on this input: {line}",
+            hint="give inputs of the sizes that the model was made for",
+        ) from error
+
+
 def refused(artifact: Artifact, runtime: str, error: Exception) -> InputError:
     """The error for a model that the runtime does not load."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return InputError(
-        f"{artifact.path}: {runtime} does not load it: {lines[0] if lines else error!r}",
+        f"{artifact.path}: {runtime} does not load it: {_first_line(error)}",
         hint=f"check the file with `deploykit inspect {artifact.path}`",
     )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else repr(error)

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from deploykit._lazy import needs
-from deploykit.backends._common import check_feed, missing_library, refused
+from deploykit.backends._common import check_feed, missing_library, refused, running
 from deploykit.values import Array, Artifact, Feed, Format, Kernel, Placement, SessionOptions
 
 _TYPES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "int8", "i4": "int4"}
@@ -45,8 +45,10 @@ class OpenVinoSession:
 
     def run(self, feed: Feed) -> dict[str, Array]:
         """Run one batch; the outputs are copies."""
-        self.prepare(feed)()
-        return {s.name: self._request.get_tensor(s.name).data.copy() for s in self.outputs}
+        call = self.prepare(feed)
+        with running(self._artifact, "OpenVINO"):
+            call()
+            return {s.name: self._request.get_tensor(s.name).data.copy() for s in self.outputs}
 
     def prepare(self, feed: Feed) -> Callable[[], object]:
         """Make the arrays contiguous once; each call infers on them in place."""
@@ -82,9 +84,12 @@ class OpenVinoSession:
             Kernel(
                 names=names,
                 operator=kind,
-                microseconds=max(0.0, (mean * (runs + 1) - first[names, kind]) / runs),
+                microseconds=max(0.0, (mean * (runs + 1) - first[key]) / runs),
+                precision=precision,
+                provider="CPU",
             )
-            for (names, kind), mean in _told(compiled).items()
+            for key, mean in _told(compiled).items()
+            for names, kind, precision in [key]
         )
 
     def __enter__(self) -> Self:
@@ -114,16 +119,18 @@ def _compiled(artifact: Artifact, options: SessionOptions, *, profile: bool = Fa
         raise refused(artifact, "OpenVINO", error) from error
 
 
-def _told(compiled: Any) -> dict[tuple[tuple[str, ...], str], float]:
-    """Mean microseconds over all runs so far, by the nodes that a kernel came from and its kind."""
-    found: dict[tuple[tuple[str, ...], str], float] = {}
+def _told(compiled: Any) -> dict[tuple[tuple[str, ...], str, str], float]:
+    """Mean microseconds over all runs so far, by a kernel's nodes, its kind and its precision."""
+    found: dict[tuple[tuple[str, ...], str, str], float] = {}
     for node in compiled.get_runtime_model().get_ops():
         info = node.get_rt_info()
         kind, time = _text(info, "layerType"), _text(info, "execTimeMcs")
         if kind in _NO_WORK or not time.isdigit():
             continue
         names = _text(info, "originalLayersNames") or node.get_friendly_name()
-        found[tuple(dict.fromkeys(map(_plain, names.split(",")))), kind] = float(time)
+        plain = tuple(dict.fromkeys(map(_plain, names.split(","))))
+        precision = _text(info, "runtimePrecision")
+        found[plain, kind, _TYPES.get(precision, "integer")] = float(time)
     return found
 
 

@@ -1,10 +1,9 @@
-"""ONNX Runtime on the CPU."""
+"""ONNX Runtime: its CPU provider, and those for NVIDIA GPUs, which have not run on a GPU yet."""
 
 from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +13,15 @@ from typing import Any, Self
 
 import numpy as np
 
+from deploykit import _files, gpu
 from deploykit._lazy import needs
-from deploykit.backends._common import check_feed, missing_library, refused
-from deploykit.errors import InputError
+from deploykit.backends._common import check_feed, missing_library, refused, running
+from deploykit.environment import versions
+from deploykit.errors import MissingError
 from deploykit.values import Array, Artifact, Feed, Format, Kernel, Placement, SessionOptions
 
-PROVIDER = "CPUExecutionProvider"
-_MADE_UP = re.compile(r"^fused |(_token_\d+|_nchwc)*_kernel_time$")
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+_MADE_UP = re.compile(r"^fused |(/\w+Fusion/?|_token_\d+|_nchwc)*_kernel_time$")
 """What ONNX Runtime puts around the name of the node, or of the tensor, that a kernel is for."""
 _TYPES = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "int8", "uint8": "int8"}
 
@@ -37,28 +38,58 @@ class OrtCpu:
 
     def open(self, artifact: Artifact, options: SessionOptions) -> OrtSession:
         """Create an inference session, with all graph optimizations unless it is to simulate."""
-        return OrtSession(artifact, options)
+        return OrtSession(artifact, options, CPU)
+
+
+class OrtGpu:
+    """Backend for ONNX files on one of ONNX Runtime's providers for NVIDIA GPUs.
+
+    The CPU provider takes what the other does not: `placement` says which nodes, and a session
+    that would run on the CPU altogether is refused.
+    """
+
+    formats: frozenset[Format] = frozenset({"onnx"})
+
+    def __init__(self, name: str, provider: str) -> None:
+        self.name, self._provider = name, provider
+
+    def unavailable(self) -> str | None:
+        """Why the provider cannot run here, or None."""
+        if reason := missing_library("onnxruntime"):
+            return reason
+        if not versions(("onnxruntime-gpu",)):
+            return (
+                "the onnxruntime here is built for the CPU: pip uninstall onnxruntime, then "
+                "pip install 'deploykit[gpu]'"
+            )
+        needs_tensorrt = self._provider == TENSORRT
+        return gpu.unavailable() or (missing_library("tensorrt") if needs_tensorrt else None)
+
+    def open(self, artifact: Artifact, options: SessionOptions) -> OrtSession:
+        """Create an inference session. Raises MissingError: the provider does not come up."""
+        return OrtSession(artifact, options, self._provider)
 
 
 class OrtSession:
-    """An InferenceSession on the CPU provider alone, with fixed threads."""
+    """An InferenceSession on one provider, with fixed threads."""
 
-    def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
+    def __init__(self, artifact: Artifact, options: SessionOptions, provider: str) -> None:
         self.inputs, self.outputs = artifact.inputs, artifact.outputs
-        self._artifact, self._options = artifact, options
-        self._session = _session(artifact, options)
+        self._artifact, self._options, self._provider = artifact, options, provider
+        self._opened: Any = _session(artifact, options, provider)
         self._names = [spec.name for spec in self.outputs]
 
     def run(self, feed: Feed) -> dict[str, Array]:
         """Run one batch."""
-        check_feed(feed, self.inputs)
-        return dict(zip(self._names, self.prepare(feed)(), strict=True))
+        call = self.prepare(feed)
+        with running(self._artifact, "ONNX Runtime"):
+            return dict(zip(self._names, call(), strict=True))
 
     def prepare(self, feed: Feed) -> Callable[[], list[Array]]:
         """Make the arrays contiguous once; each call runs the session on them."""
         check_feed(feed, self.inputs)
         arrays = {name: np.ascontiguousarray(array) for name, array in feed.items()}
-        run, names = self._session.run, self._names
+        run, names = self._live().run, self._names
 
         def call() -> list[Array]:
             result: list[Array] = run(names, arrays)
@@ -69,31 +100,45 @@ class OrtSession:
     def placement(self, feed: Feed) -> Placement:
         """Run the feed once under ONNX Runtime's profiler and read its account."""
         nodes = [event["args"] for event in self._profile(feed, 1)]
-        providers = {str(args["provider"]) for args in nodes}
         return Placement(
-            provider=", ".join(sorted(providers)) or PROVIDER,
+            provider=self._provider,
+            providers=dict(Counter(str(args["provider"]) for args in nodes).most_common()),
             precisions=dict(Counter(_precision(args) for args in nodes).most_common()),
             detail={"operators": dict(Counter(args["op_name"] for args in nodes).most_common())},
         )
 
     def kernels(self, feed: Feed, runs: int) -> tuple[Kernel, ...]:
         """Median times; ONNX Runtime's profile counts whole microseconds."""
-        times: dict[tuple[str, str], list[int]] = defaultdict(list)
+        times: dict[tuple[str, ...], list[int]] = defaultdict(list)
         for event in self._profile(feed, runs):
-            times[event["name"], event["args"]["op_name"]].append(event["dur"])
+            args = event["args"]
+            key = event["name"], args["op_name"], _precision(args), args["provider"]
+            times[key].append(event["dur"])
         return tuple(
             Kernel(
                 names=(_MADE_UP.sub("", name),),
                 operator=operator,
                 microseconds=median(each) * len(each) / runs,
+                precision=precision,
+                provider=provider,
             )
-            for (name, operator), each in times.items()
+            for (name, operator, precision, provider), each in times.items()
         )
+
+    def _live(self) -> Any:
+        """The session; opened again where it was closed for another to fit."""
+        if self._opened is None:
+            self._opened = _session(self._artifact, self._options, self._provider)
+        return self._opened
 
     def _profile(self, feed: Feed, runs: int) -> list[dict[str, Any]]:
         """What ONNX Runtime's profiler tells of each kernel in each run."""
-        with tempfile.TemporaryDirectory() as folder:
-            session = _session(self._artifact, self._options, profile=Path(folder) / "profile")
+        if self._artifact.weights:  # too large to be there twice
+            self._opened = None
+        with _files.scratch() as folder:
+            session = _session(
+                self._artifact, self._options, self._provider, profile=folder / "profile"
+            )
             for _ in range(runs):
                 session.run(self._names, dict(feed))
             events = json.loads(Path(session.end_profiling()).read_text())
@@ -108,12 +153,16 @@ class OrtSession:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        del self._session
+        del self._opened
 
 
-def _session(artifact: Artifact, options: SessionOptions, profile: Path | None = None) -> Any:
+def _session(
+    artifact: Artifact, options: SessionOptions, provider: str, profile: Path | None = None
+) -> Any:
     with needs("onnxruntime"):
         import onnxruntime as ort
+    if provider not in ort.get_available_providers():
+        raise _absent(artifact, provider, ort.get_available_providers())
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads
     settings.inter_op_num_threads = 1
@@ -126,15 +175,35 @@ def _session(artifact: Artifact, options: SessionOptions, profile: Path | None =
         settings.enable_profiling = True
         settings.profile_file_prefix = str(profile)
     try:
-        session = ort.InferenceSession(str(artifact.path), settings, providers=[PROVIDER])
+        session = ort.InferenceSession(
+            str(artifact.path), settings, providers=_providers(provider, artifact.precision)
+        )
     except Exception as error:  # the runtime's exceptions share no base
         raise refused(artifact, "ONNX Runtime", error) from error
-    if session.get_providers() != [PROVIDER]:
-        raise InputError(
-            f"{artifact.path}: asked for {PROVIDER}, got {session.get_providers()}",
-            hint="reinstall onnxruntime; see `deploykit doctor`",
-        )
+    if session.get_providers()[0] != provider:
+        raise _absent(artifact, provider, session.get_providers())
     return session
+
+
+def _absent(artifact: Artifact, provider: str, found: list[str]) -> MissingError:
+    return MissingError(
+        f"{artifact.path}: asked for {provider}, ONNX Runtime gives {', '.join(found)}",
+        hint="see `deploykit doctor`; ONNX Runtime's log on stderr says what it could not load",
+    )
+
+
+def _providers(provider: str, precision: str) -> list[Any]:
+    """The provider and what may stand in for it, with its options.
+
+    ONNX Runtime computes float32 in TF32 on a GPU unless it is told not to, and TensorRT takes
+    reduced precision only where it is told to.
+    """
+    cuda = (CUDA, {"use_tf32": "0"})
+    if provider == TENSORRT:
+        allowed = {"fp16": "trt_fp16_enable", "bf16": "trt_bf16_enable", "int8": "trt_int8_enable"}
+        options = {allowed[precision]: "1"} if precision in allowed else {}
+        return [(TENSORRT, options), cuda, CPU]
+    return [cuda, CPU] if provider == CUDA else [CPU]
 
 
 def _precision(args: dict[str, Any]) -> str:
@@ -142,6 +211,8 @@ def _precision(args: dict[str, Any]) -> str:
 
     MatMulNBits is what becomes of int4 weights; the profile hides the types of packed weights.
     """
+    if args["provider"] == TENSORRT:
+        return "unknown"  # one node is a whole engine, and says only what goes in and out
     if args["op_name"] == "MatMulNBits":
         return "int4"
     tensors = [*args.get("input_type_shape", ()), *args.get("output_type_shape", ())]

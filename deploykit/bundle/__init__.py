@@ -6,6 +6,7 @@ from deploykit.bundle.loading import Loaded, load
 from deploykit.bundle.manifest import Bundle, BundleError, Engine, FileEntry, Requirements
 from deploykit.bundle.packaging import PackagedModel, PackageOptions, package
 from deploykit.bundle.publishing import Published, PublishOptions, publish, rollback
+from deploykit.bundle.rebuilding import Origin, Rebuilt, origin, prove
 from deploykit.bundle.signature import sign
 from deploykit.bundle.verification import EngineCheck, Verification, verify
 
@@ -16,14 +17,18 @@ __all__ = [
     "EngineCheck",
     "FileEntry",
     "Loaded",
+    "Origin",
     "PackageOptions",
     "PackagedModel",
     "PublishOptions",
     "Published",
+    "Rebuilt",
     "Requirements",
     "Verification",
     "load",
+    "origin",
     "package",
+    "prove",
     "publish",
     "rollback",
     "sign",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deploykit import gpu
+from deploykit import _npz, gpu
 from deploykit.backends import BACKENDS, open_session
 from deploykit.bundle.manifest import GoldenOutputs
 from deploykit.dataset import Dataset
@@ -29,7 +29,7 @@ SHARES: dict[str, float] = {
 
 _BROKEN_ARCHIVE = (
     OSError, ValueError, EOFError, RuntimeError, NotImplementedError,
-    zipfile.BadZipFile, zlib.error,
+    zipfile.BadZipFile, zlib.error, InputError,
 )  # fmt: skip
 
 
@@ -178,6 +178,9 @@ def read_arrays(path: Path) -> dict[str, Array]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            for name, header in _npz.headers(path).items():
+                if math.prod(header.shape) * header.dtype.itemsize > path.stat().st_size:
+                    raise ValueError(f"{name!r} has no {header.shape} values")
             return {name.removesuffix(".npy"): _entry(archive, name) for name in archive.namelist()}
     except _BROKEN_ARCHIVE as error:
         raise IntegrityError(

@@ -21,6 +21,8 @@ class Whole(NamedTuple):
     found: Survey
     signed: str
     """What is known of the signature, as a sentence."""
+    trusted: bool = False
+    """Whether it has a signature by a key that the user named: native code of it may run."""
 
 
 def check(
@@ -51,7 +53,7 @@ def check(
     if problems:
         texts = [*(text for _, text in problems), *also(bundle)]
         raise BundleError(folder, texts, code=problems[0][0])
-    return Whole(folder, bundle, found, _signed(folder, public_key))
+    return Whole(folder, bundle, found, _signed(folder, public_key), public_key is not None)
 
 
 def check_untouched(whole: Whole) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -48,7 +49,7 @@ def survey(root: Path, bundle: Bundle) -> Survey:
     """Read every file once, and hold what lies there against the manifest."""
     listed = {entry.path: entry for entry in bundle.files}
     folders = {p.as_posix() for path in listed for p in PurePosixPath(path).parents}
-    found = dict(_walk(root, ""))
+    found = dict(walk(root, ""))
     problems = list(_unsafe_place(root))
     digests, prints = {}, {}
     for path, mode in sorted(found.items()):
@@ -71,6 +72,27 @@ def survey(root: Path, bundle: Bundle) -> Survey:
         elif path in digests and digests[path] != entry.sha256:
             problems.append(f"{path!r} has another sha256")
     return Survey(problems=tuple(problems), digests=digests, prints=prints)
+
+
+def copy(root: Path, out: Path) -> None:
+    """Copy a bundle from anywhere, with its modes: regular files only, opened without links.
+
+    Raises BundleError: there is something else.
+    """
+    out.mkdir()
+    for path, mode in walk(root, ""):
+        if stat.S_ISDIR(mode):
+            (out / path).mkdir()
+        else:
+            try:
+                descriptor = _files.open_regular(root / path)
+            except OSError as error:
+                what = KINDS.get(stat.S_IFMT(mode)) or f"not readable: {error.strerror}"
+                raise BundleError(root, [f"{path!r} is {what}"], code="FILES") from error
+            with os.fdopen(descriptor, "rb") as source, (out / path).open("xb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+        (out / path).chmod(stat.S_IMODE(mode))
+    out.chmod(stat.S_IMODE(root.stat().st_mode))
 
 
 def touched(root: Path, found: Survey) -> list[str]:
@@ -113,7 +135,7 @@ def _unsafe_place(root: Path) -> Iterator[str]:
             yield f"the folder {str(parent)!r} above it can be written to by everyone"
 
 
-def _walk(root: Path, inside: str) -> Iterator[tuple[str, int]]:
+def walk(root: Path, inside: str) -> Iterator[tuple[str, int]]:
     """Every entry below `root` with its mode; links are not followed."""
     with os.scandir(root / inside) as entries:
         for entry in sorted(entries, key=lambda e: e.name):
@@ -121,7 +143,7 @@ def _walk(root: Path, inside: str) -> Iterator[tuple[str, int]]:
             mode = entry.stat(follow_symlinks=False).st_mode
             yield path, mode
             if stat.S_ISDIR(mode):
-                yield from _walk(root, f"{path}/")
+                yield from walk(root, f"{path}/")
 
 
 def _read(path: Path, size: int | None) -> tuple[Print, str | None]:

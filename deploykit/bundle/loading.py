@@ -75,7 +75,8 @@ def load(
     Signature (with a key), version and files are checked, then the golden inputs are run. Which
     model was taken, and why not the ones before it, is logged (`deploykit`, a warning where one was
     passed over) and kept in `engine` and `passed_over`. Native code is only run where the signature
-    was checked.
+    was checked or this user built it. An engine without golden outputs of its own is held against
+    those of the portable model of its precision.
 
     Raises BundleError: the files are not as manifest or signature say. MissingError: no model fits.
     AnswerIsNo: it answers differently from when the bundle was made. InputError: no bundle, no key.
@@ -85,7 +86,7 @@ def load(
         folder = stack.enter_context(oci.opened(Path(path)))
         key = None if public_key is None else Path(public_key)
         whole = integrity.check(folder, public_key=key, min_version=min_version)
-        engine, passed_over = _choose(whole, machine, signed=key is not None)
+        engine, passed_over = _choose(whole, machine)
         artifact = verification.artifact_of(whole, engine)
         options = SessionOptions(threads=threads)
         session = stack.enter_context(open_session(artifact, engine.backend, options))
@@ -99,15 +100,15 @@ def load(
     return loaded
 
 
-def _choose(whole: Whole, machine: Environment, *, signed: bool) -> tuple[Engine, dict[str, str]]:
+def _choose(whole: Whole, machine: Environment) -> tuple[Engine, dict[str, str]]:
     """The first model that fits, and why those before it do not. Raises MissingError: none does."""
     passed_over: dict[str, str] = {}
     for engine in whole.bundle.engines:
         reasons = list(verification.engine_rows(engine, machine))
         if reason := golden.no_runner(engine.format):
             reasons.append(reason)
-        if engine.native_code and not signed:
-            reasons.append("it is native code, and no signature was checked")
+        if reason := verification.untrusted(whole, engine):
+            reasons.append(reason)
         if not reasons:
             return engine, passed_over
         passed_over[engine.path] = "; ".join(reasons)
@@ -120,6 +121,11 @@ def _choose(whole: Whole, machine: Environment, *, signed: bool) -> tuple[Engine
 
 def _warm_up(whole: Whole, engine: Engine, session: Session) -> None:
     """Run the golden inputs. Raises AnswerIsNo: the answers are others."""
+    if verification.expected_of(whole, engine) is None:
+        feed = golden.read_arrays(whole.folder / whole.bundle.golden.path)
+        golden.run(session, feed, whole.bundle.golden.samples)
+        log.warning("%s: its answers could not be compared: %s", engine.path, engine.no_golden)
+        return
     agreement = verification.answers(whole, engine, session)
     if agreement.problem:
         raise AnswerIsNo(

@@ -7,15 +7,15 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from deploykit import _files
+from deploykit import _files, store
 from deploykit.environment import Environment
 from deploykit.errors import InputError, IntegrityError
 from deploykit.layouts import oci
-from deploykit.values import Json, Precision, Preprocessing, TensorSpec, Value, parse
+from deploykit.values import Precision, Preprocessing, TensorSpec, Value, parse
 
 MANIFEST = "manifest.json"
 SCHEMA: Final = "deploykit.bundle/2"
@@ -27,7 +27,7 @@ LARGEST_MANIFEST = 64 << 20
 GET_AGAIN = "get the bundle again from where it was made"
 
 Tolerance = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Role = Literal["model", "record", "config", "golden", "evidence", "bom"]
+Role = Literal["model", "record", "config", "golden", "evidence", "bom", "cache"]
 Code = Literal["MANIFEST", "FILES", "UNSIGNED", "SIGNATURE", "WRONG_KEY", "OLD_VERSION"]
 
 
@@ -115,6 +115,8 @@ class Engine(Value):
     """Why there are no golden outputs; None where there are."""
     config: str | None = None
     """Path of the server's configuration of the model; None where the layout has none."""
+    timing_cache: str | None = None
+    """Path of the kernel times that TensorRT measured for native code; None where none was kept."""
 
 
 class GoldenInputs(Value):
@@ -171,7 +173,7 @@ def to_json(bundle: Bundle) -> str:
 def from_json(text: str | bytes, where: Path) -> Bundle:
     """Parse a manifest. Raises BundleError: torn, of another schema, unknown keys, bad paths."""
     try:
-        data = json.loads(text, object_pairs_hook=_unique)
+        data = json.loads(text, object_pairs_hook=store.unique_keys)
     except (ValueError, RecursionError) as error:
         raise BundleError(where, [f"{MANIFEST} is not JSON: {error}"]) from error
     schema = data.get("schema") if isinstance(data, dict) else None
@@ -259,12 +261,6 @@ def _references(bundle: Bundle) -> list[tuple[str, Role]]:
             references.append((engine.golden.path, "golden"))
         if engine.config:
             references.append((engine.config, "config"))
+        if engine.timing_cache:
+            references.append((engine.timing_cache, "cache"))
     return references
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> Json:
-    """A JSON object without repeated keys. Raises ValueError."""
-    counts = Counter(key for key, _ in pairs)
-    if repeated := [key for key, n in counts.items() if n > 1]:
-        raise ValueError(f"key {repeated[0]!r} is given {counts[repeated[0]]} times")
-    return dict(pairs)

@@ -21,6 +21,8 @@ from deploykit.layouts import LAYOUTS, Member, Serving, oci
 from deploykit.values import Artifact, Feed, Json, Preprocessing, TensorSpec
 
 EVIDENCE = "evidence.json"
+OWN_SUFFIXES = frozenset({".json", ".npz", ".yaml", ".pbtxt", ".onnx", ".engine", ".plan"})
+"""Endings of files that the bundle has of its own."""
 
 
 class PackagedModel(NamedTuple):
@@ -83,7 +85,7 @@ def package(
             version=options.version,
             created=created,
             layout="triton" if options.layout == "oci" else options.layout,
-            files=_entries(inner, engines),
+            files=_entries(inner, members, engines),
             engines=engines,
             golden=_golden_inputs(data, feed),
             preprocessing=preprocessing,
@@ -236,6 +238,7 @@ def _add(folder: Path, member: Member, path: str, feed: Feed, machine: Environme
     return Engine(
         path=path,
         record=record,
+        timing_cache=_add_timing_cache(folder, member),
         format="engine" if native else "onnx",
         native_code=native,
         precision=source.precision,
@@ -249,6 +252,17 @@ def _add(folder: Path, member: Member, path: str, feed: Feed, machine: Environme
     )
 
 
+def _add_timing_cache(folder: Path, member: Member) -> str | None:
+    """Keep what TensorRT measured when it built: a build of the same again is quick."""
+    history = member.artifact.history
+    told = history[-1].options.get("timing_cache") if history else None
+    if member.artifact.format != "engine" or not told or not Path(str(told)).is_file():
+        return None
+    name = f"timing{member.label}.cache"
+    shutil.copyfile(str(told), folder / name)
+    return name
+
+
 def _write_bom(
     folder: Path,
     options: PackageOptions,
@@ -257,21 +271,43 @@ def _write_bom(
     engines: tuple[Engine, ...],
 ) -> None:
     models = [(member.artifact, engine) for member, engine in zip(members, engines, strict=True)]
-    files = _entries(folder, engines)
+    files = _entries(folder, members, engines)
     text = bom.render(options.name, options.version, created, models, files)
     (folder / bom.FILE).write_text(text, encoding="utf-8")
 
 
 def _copy(source: Artifact, path: Path) -> Artifact:
-    """Copy the model. Raises IntegrityError: it is not the file that was opened."""
+    """Copy the model, and beside it the files of its weights under the names that it has for them.
+
+    Raises IntegrityError: it is not the model that was opened. InputError: one of the files would
+    be in the way of the bundle's own, or of another model's.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source.path, path)
-    if _files.sha256(path) != source.sha256:
+    for name in source.weights:
+        _copy_weights(source.path.parent / name, path.parent / name)
+    if store.digest(path, source.weights) != source.sha256:
         raise IntegrityError(
             f"{source.path} changed since it was opened (sha256 differs)",
             hint="package it again when nothing writes to it",
         )
     return source.model_copy(update={"path": path})
+
+
+def _copy_weights(source: Path, path: Path) -> None:
+    if path.suffix in OWN_SUFFIXES or _files.unsafe(path.name):
+        raise InputError(
+            f"{source}: these weights have a name that the bundle's own files may have",
+            hint="give them one of another ending, such as .data: onnx.save_model(..., "
+            "save_as_external_data=True, location=NAME)",
+        )
+    if path.exists() and _files.sha256(path) != _files.sha256(source):
+        raise InputError(
+            f"two models have other weights in files of one name, {path.name!r}",
+            hint="package each in its own bundle, or rename one",
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, path)
 
 
 def _golden_inputs(data: Dataset, feed: Feed) -> GoldenInputs:
@@ -283,13 +319,19 @@ def _golden_inputs(data: Dataset, feed: Feed) -> GoldenInputs:
     )
 
 
-def _entries(folder: Path, engines: tuple[Engine, ...]) -> tuple[FileEntry, ...]:
+def _entries(
+    folder: Path, members: Sequence[Member], engines: tuple[Engine, ...]
+) -> tuple[FileEntry, ...]:
     """The files written so far, with their roles."""
     roles: dict[str, Role] = {golden.INPUTS: "golden", EVIDENCE: "evidence", bom.FILE: "bom"}
-    for engine in engines:
+    for member, engine in zip(members, engines, strict=True):
+        folder_of = Path(engine.path).parent
+        roles |= {(folder_of / name).as_posix(): "model" for name in member.artifact.weights}
         roles |= {engine.path: "model", engine.record: "record"}
         if engine.golden:
             roles[engine.golden.path] = "golden"
+        if engine.timing_cache:
+            roles[engine.timing_cache] = "cache"
     return tuple(
         FileEntry(
             path=name,

@@ -16,14 +16,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pydantic import Field
 
-from deploykit import _files
+from deploykit import _files, _locks
 from deploykit import environment as environments
-from deploykit.bundle import golden, integrity, manifest, server, verification
+from deploykit.bundle import golden, integrity, inventory, manifest, server, verification
 from deploykit.bundle.integrity import Whole
 from deploykit.bundle.manifest import MANIFEST, Bundle, Engine
 from deploykit.environment import Environment
@@ -91,21 +91,26 @@ def publish(
         bundle = manifest.read(source)
         _check_layout(path, bundle)
         folder = repository / bundle.name
-        (folder / BUNDLES).mkdir(parents=True, exist_ok=True)
-        with _files.held(folder), _leaving_nothing(folder):
+        with _leaving_nothing(folder), _locks.held(folder):
+            for place in (folder, folder / BUNDLES, folder / triton.WARMUP):
+                _files.sweep(place)
             served = served_versions(folder)
             kept = folder / BUNDLES / str(bundle.version)
             _check_new(folder, served, source, kept)
             _files.remove(kept)
             with _files.staged(kept) as copy:
-                shutil.copytree(source, copy, symlinks=True)
+                inventory.copy(source, copy)
                 whole = integrity.check(copy, public_key=public_key, min_version=min_version)
                 engine, passed_over = _choose(path, whole, target)
             whole = whole._replace(folder=kept)
             versions = (
                 (*served[-options.keep :], bundle.version) if options.keep else (bundle.version,)
             )
-            error = _switch(folder, whole, engine, versions, options)
+            try:
+                error = _switch(folder, whole, engine, versions, options)
+            except BaseException:
+                _forget(folder, bundle.version)
+                raise
     return Published(
         repository=repository,
         name=bundle.name,
@@ -121,11 +126,16 @@ def publish(
 @contextmanager
 def _leaving_nothing(folder: Path) -> Iterator[None]:
     """On an error, a folder in which nothing was ever published goes: Triton would trip over it."""
+    new = not folder.parent.exists()
+    _files.make_folder(folder / BUNDLES)
     try:
         yield
     except BaseException:
         if not (folder / triton.CONFIG).exists() and not any((folder / BUNDLES).iterdir()):
             _files.remove(folder)
+            if new:
+                with suppress(OSError):  # somebody publishes another model there
+                    folder.parent.rmdir()
         raise
 
 
@@ -138,7 +148,7 @@ def rollback(repository: Path, name: str, options: PublishOptions | None = None)
     folder = repository / name
     if not (folder / triton.CONFIG).is_file():
         raise UsageError(f"{repository} serves no model {name!r}", hint="give its folder's name")
-    with _files.held(folder):
+    with _locks.held(folder):
         newest = served_versions(folder)[-1]
         older = [v for v in _numbers(folder / BUNDLES) if v < newest]
         if not older:
@@ -202,6 +212,9 @@ def _choose(
         if rows := verification.engine_rows(engine, machine):
             passed_over[engine.path] = "; ".join(rows)
             continue
+        if run and (reason := verification.untrusted(whole, engine)):
+            passed_over[engine.path] = reason
+            continue
         if run:
             elsewhere = "checked for another machine" if target else None
             only = whole._replace(bundle=whole.bundle.model_copy(update={"engines": (engine,)}))
@@ -231,7 +244,7 @@ def _switch(
     try:
         return _load(folder.name, whole, engine, options)
     except BaseException:
-        _put_back(folder, whole.bundle.version, before, options)
+        _put_back(folder, before, options)
         raise
 
 
@@ -248,8 +261,8 @@ def _load(name: str, whole: Whole, engine: Engine, options: PublishOptions) -> f
     return server.check_answer(golden.compare(want, answer, expected), name, options.url)
 
 
-def _put_back(folder: Path, version: int, before: str | None, options: PublishOptions) -> None:
-    """Serve what was served before; the bundle that failed is removed if it was never served."""
+def _put_back(folder: Path, before: str | None, options: PublishOptions) -> None:
+    """Serve what was served before."""
     config = folder / triton.CONFIG
     if before is None:
         config.unlink()
@@ -258,6 +271,10 @@ def _put_back(folder: Path, version: int, before: str | None, options: PublishOp
     _ignoring(
         lambda: server.reload(folder.name, options.url, options.timeout_s, gone=before is None)
     )
+
+
+def _forget(folder: Path, version: int) -> None:
+    """Remove a bundle that failed and was never served."""
     if version not in served_versions(folder) and version > max(served_versions(folder), default=0):
         for path in (folder / str(version), folder / BUNDLES / str(version)):
             _files.remove(path)
@@ -310,8 +327,11 @@ def _place(folder: Path, whole: Whole, engine: Engine) -> None:
     if not (folder / str(version)).exists():
         with _files.staged(folder / str(version)) as out:
             out.mkdir()
-            for file in model.parent.iterdir():
-                _link(file, out / file.name)
+            for name in _files.tree(model.parent):
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                # weights that a file names are refused where they are hard links
+                put = _link if name == model.name else shutil.copyfile
+                put(model.parent / name, out / name)
     warmup = model.parent.parent / triton.WARMUP
     if warmup.is_dir():
         (folder / triton.WARMUP).mkdir(exist_ok=True)

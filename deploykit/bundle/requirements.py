@@ -150,7 +150,7 @@ def _gpus(artifact: Artifact, machine: Environment) -> tuple[str, ...]:
 
 
 def _portable(artifact: Artifact, runtime: Runtime, machine: Environment) -> Requirements:
-    model = onnx_file.read(artifact.path)
+    model = onnx_file.shell(artifact.path)
     onnx_portable.check(model, artifact.path)
     opset = onnx_file.opset(model)
     version = runtime.version
@@ -161,7 +161,7 @@ def _portable(artifact: Artifact, runtime: Runtime, machine: Environment) -> Req
     measured_with_dot_product = set(INT8_DOT_PRODUCT) & set(machine.cpu_features)
     return Requirements(
         cpu_features_any=INT8_DOT_PRODUCT
-        if measured_with_dot_product and onnx_portable.sums_overflow(model)
+        if measured_with_dot_product and onnx_portable.sums_overflow(model, artifact.path.parent)
         else (),
         runtimes=runtime.distributions,
         version=version,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deploykit import environment as environments
+from deploykit import store
 from deploykit.backends import open_session
 from deploykit.bundle import golden, integrity, manifest
 from deploykit.bundle.golden import Agreement
@@ -12,11 +13,11 @@ from deploykit.bundle.integrity import Whole
 from deploykit.bundle.manifest import Bundle, Engine, GoldenOutputs
 from deploykit.bundle.requirements import mismatches
 from deploykit.environment import Environment
-from deploykit.errors import AnswerIsNo, IntegrityError, MissingError
-from deploykit.formats import onnx_file
+from deploykit.errors import AnswerIsNo, InputError, IntegrityError, MissingError
+from deploykit.formats import engine_file, onnx_file
 from deploykit.layouts import oci
 from deploykit.session import Session
-from deploykit.values import Array, Artifact, Feed, Value
+from deploykit.values import Array, Artifact, Feed, Value, parse
 
 
 class EngineCheck(Value):
@@ -167,7 +168,9 @@ def _check_engine(
     artifact, agreement = artifact_of(whole, engine), None
     if engine.format == "onnx":
         _check_names(artifact)
-    reason = engine.no_golden or golden.no_runner(engine.format) or not_run
+    reason = golden.no_runner(engine.format) or not_run or untrusted(whole, engine)
+    if reason is None and expected_of(whole, engine) is None:
+        reason = engine.no_golden
     if reason is None:
         with open_session(artifact, engine.backend) as session:
             agreement = answers(whole, engine, session)
@@ -182,16 +185,50 @@ def _check_engine(
 
 def answers(whole: Whole, engine: Engine, session: Session) -> Agreement:
     """How a session answers the golden inputs. Raises IntegrityError: these are bad."""
-    expected = engine.golden
-    assert expected is not None  # noqa: S101 - `manifest.read` has checked it
+    expected = expected_of(whole, engine)
+    assert expected is not None  # noqa: S101 - who calls has asked
     feed = _golden_inputs(whole.folder, whole.bundle)
     want = _golden_outputs(whole.folder, expected)
     return golden.compare(want, golden.run(session, feed, expected.batch_size), expected)
 
 
+def expected_of(whole: Whole, engine: Engine) -> GoldenOutputs | None:
+    """What its answers are held against: its own golden outputs, or those of a model like it.
+
+    An engine that could not run where it was packaged has none; the portable model of its precision
+    gave them then. None where there is no such model.
+    """
+    like = (e.golden for e in whole.bundle.engines if e.precision == engine.precision and e.golden)
+    return engine.golden or next(like, None)
+
+
+def untrusted(whole: Whole, engine: Engine) -> str | None:
+    """Why native code must not run here; None where it may, and for what is none."""
+    if not engine.native_code or whole.trusted:
+        return None
+    if engine_file.built_here(_recorded(whole, engine)):
+        return None
+    return "it is native code that was not built here, and no signature was checked"
+
+
+def _recorded(whole: Whole, engine: Engine) -> Artifact:
+    """The model by its record in the bundle. Raises IntegrityError: that is of another."""
+    path = whole.folder / engine.record
+    try:
+        record = parse(Artifact, store.read_json(path), str(path))
+    except InputError as error:
+        raise IntegrityError(str(error), hint=manifest.GET_AGAIN) from error
+    digests = {entry.path: entry.sha256 for entry in whole.bundle.files}
+    if record.sha256 != digests[engine.path]:
+        raise IntegrityError(
+            f"{path} is the record of another file than {engine.path}", hint=manifest.GET_AGAIN
+        )
+    return record.model_copy(update={"path": whole.folder / engine.path})
+
+
 def _check_names(artifact: Artifact) -> None:
     """Hold an ONNX model against the tensors that the manifest names. Raises IntegrityError."""
-    model = onnx_file.read(artifact.path)
+    model = onnx_file.shell(artifact.path)
     for kind, told, real in (
         ("inputs", artifact.inputs, onnx_file.inputs(model)),
         ("outputs", artifact.outputs, onnx_file.outputs(model)),
@@ -204,7 +241,10 @@ def _check_names(artifact: Artifact) -> None:
 
 
 def artifact_of(whole: Whole, engine: Engine) -> Artifact:
-    """The engine as a model on disk."""
+    """The engine as a model on disk; native code as one that may run, if it was signed."""
+    if engine.native_code:
+        found = _recorded(whole, engine)
+        return engine_file.vouched(found) if whole.trusted and found.history else found
     digests = {entry.path: entry.sha256 for entry in whole.bundle.files}
     return Artifact(
         path=whole.folder / engine.path,

@@ -25,7 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "build": ("onnx_stages", "Build a TensorRT engine from an ONNX model."),
     "evaluate": ("measure", "Score a model on data."),
     "compare": ("measure", "Compare the outputs of two models on data."),
-    "bench": ("measure", "Time models, each in its own process, interleaved."),
+    "bench": ("bench", "Time models, each in its own process, interleaved."),
     "package": ("ship", "Pack a model into a verified bundle for a server."),
     "sign": ("ship", "Sign a bundle with a local key."),
     "verify": ("ship", "Check a bundle: signature, files, machine, golden inputs."),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -12,15 +11,16 @@ from typing import Any, TypeVar
 
 import click
 
-from deploykit import store
+from deploykit import _files, store
 from deploykit._code import beside, split_reference
 from deploykit._shapes import parse_inputs
+from deploykit.cli._errors import Shown
 from deploykit.dataset import Dataset, open_dataset
 from deploykit.errors import InputError, UsageError
 from deploykit.formats import open_model
 from deploykit.formats.torch_module import EXAMPLE_INPUTS
 from deploykit.stages.take import TakeOptions, is_program, take
-from deploykit.values import Artifact, Json, TensorSpec, Value
+from deploykit.values import Artifact, Json, StageRecord, TensorSpec, Value
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -46,9 +46,7 @@ STDOUT = "deploykit.stdout"
 json_option = click.option(
     "--json", "as_json", is_flag=True, callback=_reserve_stdout, help="Print one JSON document."
 )
-backend_option = click.option(
-    "--backend", help="pytorch, ort-cpu, openvino, tensorrt or tensorrt-rtx."
-)
+backend_option = click.option("--backend", help="As `deploykit doctor` names them: ort-cpu, ...")
 threads_option = click.option(
     "--threads", type=click.IntRange(1), default=None, help="Threads of the runtime."
 )
@@ -99,9 +97,12 @@ def is_factory(reference: str) -> bool:
     return is_program(reference) or (":" in reference and not Path(reference).exists())
 
 
-def model(reference: str, given: dict[str, Any], data: Dataset | None = None) -> Artifact:
+def model(
+    reference: str, given: dict[str, Any], data: Dataset | None = None, *, native: bool = False
+) -> Artifact:
     """Open a model; a factory is first written to a temporary torch artifact.
 
+    With `native` it may be an ONNX file that only native code of others can run.
     Raises UsageError: a factory's options with a model that is none, or JSON that is none.
     """
     if not is_factory(reference):
@@ -112,7 +113,7 @@ def model(reference: str, given: dict[str, Any], data: Dataset | None = None) ->
                     f"{reference} is a model on disk",
                     hint="leave it out: the model knows",
                 )
-        return open_model(reference)
+        return open_model(reference, native=native)
     options = TakeOptions(
         factory=reference,
         arguments=_arguments(given.get("model_args", "{}")),
@@ -121,9 +122,9 @@ def model(reference: str, given: dict[str, Any], data: Dataset | None = None) ->
         dynamic_axes=given.get("dynamic_axes", ()),
         outputs=given.get("output_names", ()),
     )
-    folder = click.get_current_context().with_resource(tempfile.TemporaryDirectory())
+    folder = click.get_current_context().with_resource(_files.scratch())
     name = split_reference(reference)[1].replace("/", "_")
-    return take(options, out=Path(folder) / name)
+    return take(options, out=folder / name)
 
 
 def on_disk(reference: str) -> Artifact:
@@ -185,12 +186,17 @@ def show(value: Value | Json, text: str, *, as_json: bool, schema: str = "") -> 
         return
     plain = value.model_dump(mode="json", by_alias=True) if isinstance(value, Value) else value
     document = plain if "schema" in plain else {"schema": schema, **plain}
-    click.echo(store.json_text(document), nl=False, file=click.get_current_context().meta[STDOUT])
+    context = click.get_current_context()
+    click.echo(store.json_text(document), nl=False, file=context.meta[STDOUT])
+    context.ensure_object(Shown).document = True
 
 
-def made(artifact: Artifact, *, as_json: bool) -> None:
-    """Print what a stage made."""
+def made(artifact: Artifact, before: StageRecord | None, *, as_json: bool) -> None:
+    """Print what a stage made, or kept if it is as it was `before`."""
     from deploykit.report.summary import describe
 
-    text = f"{artifact.path}: {describe(artifact)}"
+    first, *rest = describe(artifact).splitlines()
+    kept = ", kept: made before of the same inputs, options and versions"
+    first += kept if before and before == artifact.history[-1] else ""
+    text = "\n".join([f"{artifact.path}: {first}", *rest])
     show(artifact, text, as_json=as_json, schema="deploykit.artifact/1")

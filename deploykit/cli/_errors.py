@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import click
 
@@ -21,38 +22,56 @@ from deploykit.errors import (
 )
 
 
+@dataclass
+class Shown:
+    """Whether a command has printed its document."""
+
+    document: bool = False
+
+
 def call(command: click.Command, args: Sequence[str] | None = None) -> int:
-    """Run a command; report what goes wrong on stderr; return the exit code."""
+    """Run a command; report what goes wrong on stderr; return the exit code.
+
+    With --json, one document goes to stdout whatever happens: the result, or else the error.
+    """
     arguments = list(sys.argv[1:] if args is None else args)
     _interrupt.listen()
+    shown = Shown()
     try:
-        result = command.main(arguments, prog_name="deploykit", standalone_mode=False)
+        result = command.main(arguments, prog_name="deploykit", standalone_mode=False, obj=shown)
     except Exception as error:
         if "--traceback" in arguments and not isinstance(error, click.ClickException):
             raise
-        return _report(error)
+        failed: BaseException = error
     except SystemExit as error:
-        return _report(RuntimeError(f"something called sys.exit({error.code!r})"))
+        failed = RuntimeError(f"something called sys.exit({error.code!r})")
     except KeyboardInterrupt:
-        _say("interrupted", "what is there is whole: as it was before, or done")
-        return INTERRUPTED
-    return result if isinstance(result, int) else 0
+        failed = click.exceptions.Abort()
+    else:
+        return result if isinstance(result, int) else 0
+    return _report(failed, document="--json" in arguments and not shown.document)
 
 
-def _report(error: Exception) -> int:
-    """Two lines for any error, and its exit code."""
+def _report(error: BaseException, *, document: bool) -> int:
+    """Two lines for any error, the notes on it, and its exit code."""
     if _interrupt.asked():  # whatever broke, it broke because the user stopped it
-        _say("interrupted", "what is there is whole: as it was before, or done")
-        return INTERRUPTED
+        error = click.exceptions.Abort()
     fact, hint, code = _explained(error)
-    if code == ANSWER_IS_NO:
-        _say(fact, hint, labels=("no", "see"))
-    elif fact:
-        _say(fact, hint)
+    notes, facts = (error.notes, error.facts) if isinstance(error, DeploykitError) else ([], {})
+    for note in notes:
+        click.echo(f" note: {_line(note)}", err=True)
+    if fact:
+        first, second = ("no", "see") if code == ANSWER_IS_NO else ("error", "fix")
+        click.echo(f"{first:>5}: {_line(fact)}\n{second:>5}: {_line(hint)}", err=True)
+    if fact and document:
+        from deploykit import store  # not for --help
+
+        told = {"exit_code": code, "error": fact, "fix": hint, "notes": notes, "facts": facts}
+        click.echo(store.json_text({"schema": "deploykit.error/1", **told}), nl=False)
     return code
 
 
-def _explained(error: Exception) -> tuple[str, str, int]:
+def _explained(error: BaseException) -> tuple[str, str, int]:
     match error:
         case click.exceptions.Abort():
             told = "interrupted", "what is there is whole: as it was before, or done", INTERRUPTED
@@ -85,10 +104,9 @@ def unknown_command(name: str, known: Iterable[str]) -> UsageError:
     return UsageError(f"unknown command {name!r}", hint=did_you_mean(name, known))
 
 
-def _say(fact: str, hint: str, labels: tuple[str, str] = ("error", "fix")) -> None:
-    for label, text in zip(labels, (fact, hint), strict=True):
-        click.echo(f"{label:>5}: {' '.join(text.split())}", err=True)
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0]

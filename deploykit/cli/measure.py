@@ -1,24 +1,19 @@
-"""`evaluate`, `compare`, `bench`."""
+"""`evaluate`, `compare`."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from deploykit import backends
-from deploykit.cli import COMMANDS, _common, _options
-from deploykit.cli._observer import Terminal, console
-from deploykit.dataset import Dataset
+from deploykit.cli import COMMANDS, _common
+from deploykit.cli._observer import Terminal
 from deploykit.environment import read as read_environment
-from deploykit.errors import AnswerIsNo, UsageError
 from deploykit.evaluation import collect, compare, evaluate
-from deploykit.measure import BenchOptions, Candidate, bench
-from deploykit.report import timings
 from deploykit.report.differences import difference
 from deploykit.report.summary import interval
-from deploykit.values import Artifact, SessionOptions
+from deploykit.values import SessionOptions
 
 
 def _session_options(threads: int | None) -> SessionOptions:
@@ -80,95 +75,3 @@ def compare_command(reference: str, candidate: str, *, as_json: bool, **given: A
     lines = [difference(d) for d in found]
     document = {"outputs": [d.model_dump(mode="json") for d in found]}
     _common.show(document, "\n".join(lines), as_json=as_json, schema="deploykit.comparison/1")
-
-
-@click.command("bench", help=COMMANDS["bench"][1])
-@click.argument("models", nargs=-1, required=True)
-@click.option(
-    "--backend", "names", multiple=True, help="pytorch, ort-cpu, openvino; by default all."
-)
-@_common.data_option(text="Inputs to run; the word 'random' makes some up and marks the result.")
-@_options.fields(BenchOptions)
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="Keep all samples as JSON.")
-@_common.force_option
-@_common.factory_options
-@_common.json_option
-def bench_command(
-    models: tuple[str, ...],
-    *,
-    names: tuple[str, ...],
-    data: str,
-    output: Path | None,
-    force: bool,
-    as_json: bool,
-    **given: Any,
-) -> None:
-    """Time models."""
-    from deploykit import _files
-
-    options = _options.make(BenchOptions, given)
-    opened = None if data == "random" else _common.required_data(data)
-    if output:
-        if output.suffix != ".json":
-            raise UsageError(f"-o {output}: the samples are JSON", hint="name it *.json")
-        _files.check_free(output, force=force)
-    candidates = _candidates(models, names, given, opened)
-    with Terminal() as terminal:
-        terminal.step("bench", f"{len(candidates)} engines")
-        result = bench(
-            candidates,
-            options,
-            data=opened,
-            progress=lambda text, done, total: terminal.progress(done, total, text),
-        )
-    if output:
-        _files.write_text(output, result.model_dump_json(by_alias=True) + "\n")
-    if as_json:
-        _common.show(result, "", as_json=True)
-    else:
-        timings.show(result, console_for_stdout())
-    broken = [m for m in result.measurements if m.invalid]
-    if broken:
-        raise AnswerIsNo(
-            f"{broken[0].name} at batch {broken[0].batch_size} is invalid: {broken[0].invalid}",
-            hint=f"{len(broken)} of {len(result.measurements)} measurements must not be used",
-        )
-
-
-def console_for_stdout() -> Any:
-    """A console for results; the shared one is for talk."""
-    from rich.console import Console
-
-    return Console(highlight=False, width=None if console.is_terminal else 200)
-
-
-def _candidates(
-    models: tuple[str, ...], names: tuple[str, ...], given: dict[str, Any], data: Dataset | None
-) -> list[Candidate]:
-    """Each model on each backend that was asked for and takes it; by default on all that can."""
-    for name in names:
-        backends.backend(name)
-    made = []
-    for reference in models:
-        artifact = _common.model(reference, given, data)
-        short = Path(reference).name
-        made += [
-            Candidate(name=f"{short} @ {name}", artifact=artifact, backend=name)
-            for name in _fitting(artifact, names)
-        ]
-    return made
-
-
-def _fitting(artifact: Artifact, names: tuple[str, ...]) -> list[str]:
-    if not names:
-        fitting = [b.name for b in backends.available(artifact.format)]
-        if not fitting:
-            raise backends.no_backend(artifact)
-        return fitting
-    fitting = [name for name in names if artifact.format in backends.backend(name).formats]
-    if not fitting:
-        raise UsageError(
-            f"none of {', '.join(names)} runs {artifact.format} models ({artifact.path})",
-            hint="leave --backend out to take what fits",
-        )
-    return fitting

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from deploykit import _files, store
+from deploykit.bundle import Origin, origin, prove
 from deploykit.cli import COMMANDS, _common, _options
 from deploykit.cli._observer import Terminal
+from deploykit.dataset import Dataset
 from deploykit.errors import UsageError
 from deploykit.formats import open_model
 from deploykit.stages.build import BuildOptions, build
@@ -30,6 +35,7 @@ def convert_command(
     """Convert."""
     opened, options = _common.required_data(data), _options.make(ConvertOptions, given)
     source = open_model(model)
+    before = store.last_record(output)
     with Terminal() as terminal:
         terminal.step(model, "convert")
         artifact = convert(
@@ -40,7 +46,7 @@ def convert_command(
             force=force,
             talk=lambda text, done, total: terminal.progress(done, total, text),
         )
-    _common.made(artifact, as_json=as_json)
+    _common.made(artifact, before, as_json=as_json)
 
 
 @click.command("quantize", help=COMMANDS["quantize"][1])
@@ -69,6 +75,7 @@ def quantize_command(  # noqa: PLR0913 - one parameter an option
     opened, options = _common.required_data(data), _options.make(QuantizeOptions, given)
     source = open_model(model)
     promise = _promise(max_drop, evaluation_data, metric)
+    before = store.last_record(output)
     with Terminal() as terminal:
         terminal.step(model, "quantize")
         artifact = quantize(
@@ -80,7 +87,7 @@ def quantize_command(  # noqa: PLR0913 - one parameter an option
             force=force,
             talk=lambda text, done, total: terminal.progress(done, total, text),
         )
-    _common.made(artifact, as_json=as_json)
+    _common.made(artifact, before, as_json=as_json)
 
 
 def _promise(max_drop: str | None, reference: str | None, metric: str | None) -> Promise | None:
@@ -105,32 +112,90 @@ def _promise(max_drop: str | None, reference: str | None, metric: str | None) ->
 
 
 @click.command("build", help=COMMANDS["build"][1])
-@click.argument("model")
+@click.argument("model", required=False)
 @_common.output_option
+@click.option(
+    "--from",
+    "bundle",
+    type=click.Path(path_type=Path),
+    help="Make the engine of a bundle again, from its portable model and with its options; those "
+    "given here come first. Proven on its golden inputs.",
+)
+@click.option("--public-key", type=click.Path(path_type=Path), help="Who must have signed --from.")
 @click.option("--shapes-from", help="Data whose real shapes the optimization profile spans.")
 @_options.fields(BuildOptions)
 @_common.force_option
 @_common.json_option
 def build_command(
-    model: str,
+    model: str | None,
     output: Path,
     *,
+    bundle: Path | None,
     shapes_from: str | None,
     force: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
     """Build an engine."""
+    key, data = given.pop("public_key"), _common.data(shapes_from)
+    if (model is None) == (bundle is None):
+        raise UsageError(
+            "give a model, or --from a bundle", hint="deploykit build m.onnx -o m.engine"
+        )
+    if bundle is not None:
+        _rebuild(bundle, output, given, data=data, key=key, force=force, as_json=as_json)
+        return
+    assert model is not None  # noqa: S101 - one of the two is
     source, options = open_model(model, native=True), _options.make(BuildOptions, given)
-    data = _common.data(shapes_from)
+    before = store.last_record(output)
     with Terminal() as terminal:
         terminal.step(model, "build")
-        artifact = build(
-            source,
-            options,
-            out=output,
-            data=data,
-            force=force,
-            talk=lambda text, done, total: terminal.progress(done, total, text),
-        )
-    _common.made(artifact, as_json=as_json)
+        artifact = build(source, options, out=output, data=data, force=force, talk=_talk(terminal))
+    _common.made(artifact, before, as_json=as_json)
+
+
+def _talk(terminal: Terminal) -> Callable[[str, int, int], None]:
+    return lambda text, done, total: terminal.progress(done, total, text)
+
+
+def _rebuild(  # noqa: PLR0913 - as they were asked
+    bundle: Path,
+    output: Path,
+    given: dict[str, Any],
+    *,
+    data: Dataset | None,
+    key: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Build into a private folder, prove, then put it in its place."""
+    _files.check_free(output, force=force)
+    with origin(bundle, public_key=key) as told, _files.scratch() as folder:
+        if told.plugins and not given.get("plugins"):
+            raise UsageError(
+                f"the engine was built with the plugin {', '.join(told.plugins)}, and a bundle "
+                "brings no native code that is run to build",
+                hint="give your own copy of it: --plugins FILE",
+            )
+        options = _options.make(BuildOptions, _over(told, given, folder))
+        with Terminal() as terminal:
+            terminal.step(str(bundle), "build")
+            made = build(
+                told.source, options, out=folder / "m.engine", data=data, talk=_talk(terminal)
+            )
+        result = prove(told, made, output)
+        store.place(made, output, force=force)
+    _common.show(result, str(result), as_json=as_json, schema="deploykit.rebuilt/1")
+
+
+def _over(told: Origin, given: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Options of the bundle's build under those that are given; its timing cache to start from."""
+    mine = {name: value for name, value in given.items() if value not in (None, ())}
+    if any(name.endswith("_shapes") for name in mine):
+        mine = {"min_shapes": (), "opt_shapes": (), "max_shapes": (), **mine}
+    merged = {**told.options, **mine}
+    if told.timing_cache and merged.get("flavour") == "tensorrt" and "timing_cache" not in mine:
+        cache = folder / "timing.cache"
+        shutil.copyfile(told.timing_cache, cache)
+        merged["timing_cache"] = str(cache)
+    return merged

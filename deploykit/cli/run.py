@@ -8,7 +8,7 @@ import click
 
 from deploykit.cli import COMMANDS, _common
 from deploykit.cli._observer import Terminal
-from deploykit.cli.measure import console_for_stdout
+from deploykit.cli.bench import console_for_stdout
 from deploykit.errors import NotWorthIt
 from deploykit.pipeline import run
 from deploykit.plan import describe

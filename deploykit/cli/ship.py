@@ -68,10 +68,7 @@ def _backend(artifact: Artifact, asked: str | None) -> str:
     """The backend that a packaged model is for: as asked, or the first that takes its format."""
     if artifact.format == "engine":
         return str(artifact.facts.get("flavour", "tensorrt"))
-    fitting = backends.available(artifact.format)
-    if not fitting and not asked:
-        raise backends.no_backend(artifact)
-    return asked or fitting[0].name
+    return asked or backends.fitting(artifact)[0]
 
 
 def _evidence(paths: tuple[Path, ...]) -> Json | None:

@@ -8,13 +8,15 @@ from typing import Any
 import click
 
 from deploykit import _files, backends
+from deploykit._shapes import parse_shape
 from deploykit.bundle import Bundle, manifest
 from deploykit.cli import COMMANDS, _common, _options
 from deploykit.environment import read as read_environment
 from deploykit.environment import versions
 from deploykit.errors import UsageError
-from deploykit.formats import onnx_file
-from deploykit.report import damage
+from deploykit.formats.onnx_anatomy import Anatomy, anatomy
+from deploykit.report import anatomy as report_anatomy
+from deploykit.report import damage, history
 from deploykit.report.summary import size
 from deploykit.stages import build
 from deploykit.stages.quantize import preset
@@ -97,10 +99,14 @@ def inspect_command(
         bundle = manifest.read(Path(model))
         _common.show(bundle, _bundle_text(model, bundle), as_json=as_json)
         return
-    artifact = _common.model(model, given)
-    graph = _graph(artifact)
+    shapes = given["input_shapes"]
+    if not _common.is_factory(model):  # an ONNX file's work is counted at these
+        given = {**given, "input_shapes": ()}
+    artifact = _common.model(model, given, native=True)
+    found = _anatomy(artifact, shapes)
+    graph: Json = found.model_dump(mode="json") if found else {}
     document = {**artifact.model_dump(mode="json"), "graph": graph}
-    lines = [_text(artifact, graph)]
+    lines = [_text(artifact, found)]
     if asked:
         document["keep_float"] = kept = _gains(artifact, asked)
         lines += [f"  keep float {damage.gain(each)}" for each in kept]
@@ -130,42 +136,34 @@ def _bundle_text(path: str, bundle: Bundle) -> str:
     return "\n".join(lines)
 
 
-def _graph(artifact: Artifact) -> Json:
+def _anatomy(artifact: Artifact, shapes: tuple[str, ...]) -> Anatomy | None:
+    """What an ONNX file is made of. Raises UsageError: an input has two shapes, or one is none."""
     if artifact.format != "onnx":
-        return {}
-    loaded = onnx_file.read(artifact.path)
-    return {
-        "opset": onnx_file.opset(loaded),
-        "parameters": onnx_file.parameters(loaded),
-        "operators": onnx_file.operators(loaded),
-    }
+        return None
+    pairs = [parse_shape(text) for text in shapes]
+    if len(dict(pairs)) < len(pairs):
+        raise UsageError("an input has two shapes", hint="give one an input")
+    return anatomy(artifact.path, dict(pairs))
 
 
-def _text(artifact: Artifact, graph: Json) -> str:
-    weight = size(_files.size_bytes(artifact.path))
+def _text(artifact: Artifact, found: Anatomy | None) -> str:
+    weight = size(sum(map(_files.size_bytes, artifact.files)))
     lines = [f"{artifact.path}: {artifact.format}, {artifact.precision}, {weight}"]
     lines += [f"  in   {spec}" for spec in artifact.inputs]
     lines += [f"  out  {spec}" for spec in artifact.outputs]
-    if graph:
-        kinds = ", ".join(f"{name} {n}" for name, n in graph["operators"].items())
-        lines.append(f"  opset {graph['opset']}, {graph['parameters']:,} parameters: {kinds}")
+    if found:
+        lines += [f"  {line}" for line in report_anatomy.lines(found)]
     if artifact.preprocessing:
         lines.append(f"  preprocessing: {artifact.preprocessing}")
-    for record in artifact.history:
-        lines.append(f"  {record.stage} ({record.seconds:.1f} s)")
-        lines += [f"    {name}: {_short(value)}" for name, value in record.facts.items()]
-        found = record.facts.get("search", {})
-        told = damage.table(found.get("damage", []), found.get("probe") or {})
-        lines += [f"    {line}" for line in told]
+    lines += [f"  {line}" for line in history.lines(artifact.history)]
+    costs = artifact.facts.get("search", {})
+    told = damage.table(costs.get("damage", []), costs.get("probe") or {})
+    lines += [f"    {line}" for line in told]
     if not artifact.history:
         lines.append("  no record: not made by deploykit, or its record is gone")
-    return "\n".join(lines)
+    return "\n".join(map(_printable, lines))
 
 
-def _short(value: object) -> str:
-    if isinstance(value, dict) and "name" in value:
-        return str(value["name"])
-    text = str(value)
-    if isinstance(value, (dict, list)) and len(text) > 160:
-        return f"{len(value)} entries (--json shows them)"
-    return text
+def _printable(line: str) -> str:
+    """Names out of a file may hold what steers a terminal."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)

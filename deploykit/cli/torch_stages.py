@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from deploykit import store
 from deploykit.cli import COMMANDS, _common, _options
 from deploykit.cli._observer import Terminal
 from deploykit.dataset import Dataset
@@ -34,11 +35,12 @@ def prune_command(
     opened = _common.data(data)
     source = _common.model(model, given, opened)
     options = _options.make(PruneOptions, given)
+    before = store.last_record(output)
     if options.speedup is None:
         artifact = prune(source, options, out=output, data=opened, force=force)
     else:
         artifact = _until_faster(source, options, output, data=opened, force=force)
-    _common.made(artifact, as_json=as_json)
+    _common.made(artifact, before, as_json=as_json)
 
 
 def _until_faster(
@@ -90,6 +92,7 @@ def distill_command(
     source = _common.model(student, given, opened)
     guides = [_common.model(t, {"weights": given["teacher_weights"]}, opened) for t in teachers]
     options = _options.make(DistillOptions, given)
+    before = store.last_record(output)
     first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, one speaks
     with Terminal() as terminal:
         if first:
@@ -104,7 +107,7 @@ def distill_command(
             progress=terminal.progress,
         )
     if first:
-        _common.made(artifact, as_json=as_json)
+        _common.made(artifact, before, as_json=as_json)
 
 
 @click.command("export", help=COMMANDS["export"][1])
@@ -122,7 +125,8 @@ def export_command(
     opened = _common.data(data)
     source = _common.model(model, given, opened)
     options = _options.make(ExportOptions, given)
+    before = store.last_record(output)
     artifact = export(source, options, out=output, data=opened, force=force)
-    _common.made(artifact, as_json=as_json)
+    _common.made(artifact, before, as_json=as_json)
     if not as_json:
         click.echo("\n".join(proof(artifact)))

@@ -48,16 +48,36 @@ def read_plan(artifact: Artifact) -> bytes:
             f"{artifact.path} is not the file that its record describes (sha256 differs)",
             hint=BUILD_AGAIN,
         )
-    told, key = str(artifact.facts.get("sealed")), _key()
-    if key is None or not hmac.compare_digest(
-        told.encode(), _seal(artifact.sha256, artifact.facts, key).encode()
-    ):
+    if not built_here(artifact):
         raise IntegrityError(
             f"{artifact.path} was not built on this machine, or its record was edited; "
             "an engine is native code",
             hint=BUILD_AGAIN,
         )
     return plan
+
+
+def built_here(artifact: Artifact) -> bool:
+    """Whether this user built the engine on this machine, or vouched for it; nothing is loaded."""
+    told, key = str(artifact.facts.get("sealed")), _key()
+    return key is not None and hmac.compare_digest(
+        told.encode(), _seal(artifact.sha256, artifact.facts, key).encode()
+    )
+
+
+def vouched(artifact: Artifact) -> Artifact:
+    """The engine as one that may be opened here: whoever made it was checked by his signature.
+
+    It must still fit this machine. Raises InputError: it has no record of its build.
+    """
+    if not artifact.history:
+        raise InputError(
+            f"{artifact.path}: an engine without a record of its build", hint=BUILD_AGAIN
+        )
+    *before, last = artifact.history
+    facts = {**last.facts, "sealed": _seal(artifact.sha256, last.facts, _key() or _new_key())}
+    last = last.model_copy(update={"facts": facts})
+    return artifact.model_copy(update={"history": (*before, last)})
 
 
 def seal(plan: bytes, facts: Json) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -111,6 +112,41 @@ def opset(model: onnx.ModelProto) -> int:
 def operators(model: onnx.ModelProto) -> dict[str, int]:
     """Operator types of the main graph and how often each occurs, most frequent first."""
     return dict(Counter(node.op_type for node in model.graph.node).most_common())
+
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Where PyTorch's exporter keeps the modules around a node: a Python list, outermost first."""
+
+
+class Origin(NamedTuple):
+    """A node, and the PyTorch module that it came from where the file says so."""
+
+    node: str
+    module: str | None
+
+
+def origins(model: onnx.ModelProto) -> dict[str, Origin]:
+    """Each node by its own name and by those of the tensors that it makes.
+
+    A node without a name is called by its first output.
+    """
+    found = {}
+    for node in model.graph.node:
+        origin = Origin(node.name or node.output[0], _module(node))
+        found.update(dict.fromkeys(node.output, origin))
+    named = {n.name: Origin(n.name, _module(n)) for n in model.graph.node if n.name}
+    return {**found, **named}
+
+
+def _module(node: onnx.NodeProto) -> str | None:
+    """Path of the innermost module around a node; the last scope is the operation itself."""
+    told = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "[]")
+    try:
+        scopes = ast.literal_eval(told)
+    except (ValueError, SyntaxError):
+        return None
+    inner = [str(scope) for scope in scopes[:-1] if scope]
+    return inner[-1] if inner else None
 
 
 def parameters(model: onnx.ModelProto) -> int:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deploykit.formats import onnx_weights
+from deploykit.formats.onnx_macs import RECURRENT, macs
 from deploykit.values import Array
 
 if TYPE_CHECKING:
     import onnx
 
-RECURRENT = ("LSTM", "GRU", "RNN")
-"""They compute too, in float: a product with the weights and one with the state, at each step."""
+COMPUTE = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+"""Operators that hold nearly all multiply-accumulates."""
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 """Where torch's exporter tells the modules of a node."""
 
@@ -27,6 +30,10 @@ class Graph:
     """The main graph of a model whose nodes have names of their own; see `name_nodes`."""
 
     model: onnx.ModelProto
+    folder: Path = Path()
+    """Where weights lie that are not in the model."""
+    shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """What tensors measure on a sample, where the model does not say it or leaves it open."""
 
     @cached_property
     def nodes(self) -> dict[str, onnx.NodeProto]:
@@ -96,14 +103,13 @@ class Graph:
         return tensor is not None and tensor.data_type == onnx.TensorProto.FLOAT
 
     def constant(self, name: str) -> Array | None:
-        """The value of a float32 initializer, or None."""
+        """The value of a float32 initializer, or None; one in another file is mapped, not read."""
         import onnx
 
         tensor = self.constants.get(name)
         if tensor is None or tensor.data_type != onnx.TensorProto.FLOAT:
             return None
-        value: Array = onnx.numpy_helper.to_array(tensor)
-        return value
+        return onnx_weights.array(tensor, self.folder)
 
     def only_consumer(self, name: str) -> onnx.NodeProto | None:
         """The one reader of a tensor that nothing else needs, or None."""
@@ -165,7 +171,7 @@ def weighed(graph: Graph) -> list[onnx.NodeProto]:
     return [
         node
         for node in graph.nodes.values()
-        if node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm")
+        if node.op_type in COMPUTE
         and node.input[0] in graph.floats
         and (weights := graph.constant(node.input[1])) is not None
         and (weights.ndim > 2 if node.op_type.startswith("Conv") else weights.ndim == 2)
@@ -183,36 +189,42 @@ def groups_of(node: onnx.NodeProto) -> int:
     return next((int(a.i) for a in node.attribute if a.name == "group"), 1)
 
 
+def open_shapes(graph: Graph) -> set[str]:
+    """Activations of compute nodes with a dimension that the model leaves open."""
+    main = graph.model.graph
+    known = {
+        value.name
+        for value in (*main.value_info, *main.input, *main.output)
+        if all(d.HasField("dim_value") for d in value.type.tensor_type.shape.dim)
+    }
+    return {
+        name
+        for node in graph.nodes.values()
+        if node.op_type in (*COMPUTE, *RECURRENT)
+        for name in (*node.input[:2], node.output[0])
+        if name in graph.floats - known
+    }
+
+
 def multiply_accumulates(model: onnx.ModelProto, graph: Graph) -> dict[str, int]:
-    """Multiply-accumulates of each compute node for one sample; 0 where shapes are not known."""
-    sizes = {
+    """Multiply-accumulates of each compute node for one sample; 0 where shapes are not known.
+
+    A dimension that is left open is that of the graph's sample, else 1.
+    """
+    sizes: dict[str, Sequence[int]] = {
         value.name: [d.dim_value or 1 for d in value.type.tensor_type.shape.dim]
         for value in (*model.graph.value_info, *model.graph.input, *model.graph.output)
     }
+    sizes |= graph.shapes
     sizes |= {name: list(tensor.dims) for name, tensor in graph.constants.items()}
     first = next((sizes[v.name] for v in model.graph.input if v.name not in graph.constants), [1])
     batch = max(first[0], 1) if first else 1
-    return {
-        name: _count(node, sizes) // (batch if sizes.get(node.output[0], [0])[:1] == [batch] else 1)
-        for name, node in graph.nodes.items()
-    }
 
+    def samples(node: onnx.NodeProto) -> int:
+        out = sizes.get(node.output[0])
+        return batch if out and out[0] == batch else 1
 
-def _count(node: onnx.NodeProto, sizes: dict[str, list[int]]) -> int:
-    if node.op_type in RECURRENT:
-        steps = (sizes.get(node.input[0]) or [1])[0]
-        return int(steps * sum(np.prod(sizes.get(name) or [0]) for name in node.input[1:3]))
-    if node.op_type not in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
-        return 0
-    left, right, out = (sizes.get(n) for n in (*node.input[:2], node.output[0]))
-    if not left or not right or not out:
-        return 0
-    if node.op_type == "Conv":
-        return int(np.prod(out) * np.prod(right[1:]))
-    if node.op_type == "ConvTranspose":
-        return int(np.prod(left) * np.prod(right[1:]))
-    turned = any(a.name == "transA" and a.i for a in node.attribute)
-    return int(np.prod(out) * left[0 if turned else -1])
+    return {name: (macs(node, sizes) or 0) // samples(node) for name, node in graph.nodes.items()}
 
 
 def with_constants(graph: Graph, values: Mapping[tuple[str, int], Array]) -> Graph:
@@ -233,7 +245,7 @@ def with_constants(graph: Graph, values: Mapping[tuple[str, int], Array]) -> Gra
         inputs[index] = new
         model.graph.initializer.append(onnx.numpy_helper.from_array(value.astype(np.float32), new))
     drop_unused(model)
-    return Graph(model)
+    return replace(graph, model=model)
 
 
 def drop_unused(model: onnx.ModelProto) -> None:

@@ -1,14 +1,12 @@
-"""What lets an ONNX file travel: one file, no native code, the same answers on another CPU."""
+"""What lets an ONNX file travel: no native code, and the same answers on another CPU."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from deploykit._lazy import needs
 from deploykit.errors import InputError
+from deploykit.formats import onnx_weights
 
 if TYPE_CHECKING:
     import onnx
@@ -18,16 +16,7 @@ NO_OVERFLOW = 64
 
 
 def check(model: onnx.ModelProto, path: Path) -> None:
-    """Refuse what is not one portable file. Raises InputError."""
-    with needs("onnx"):
-        import onnx
-
-    shell = onnx.load(path, load_external_data=False)
-    if any(onnx.external_data_helper.uses_external_data(t) for t in shell.graph.initializer):
-        raise InputError(
-            f"{path}: its weights lie in another file (ONNX external data)",
-            hint="save it as one file: onnx.save(onnx.load(path), new_path)",
-        )
+    """Refuse what is not portable. Raises InputError."""
     if any(node.op_type == "EPContext" for node in model.graph.node):
         raise InputError(
             f"{path}: an EPContext node holds native code in a file that looks portable",
@@ -40,8 +29,11 @@ def check(model: onnx.ModelProto, path: Path) -> None:
         )
 
 
-def sums_overflow(model: onnx.ModelProto) -> bool:
-    """Whether uint8 activations meet int8 weights whose products overflow 16-bit sums."""
+def sums_overflow(model: onnx.ModelProto, folder: Path) -> bool:
+    """Whether uint8 activations meet int8 weights whose products overflow 16-bit sums.
+
+    The model may be a shell whose weights lie in `folder`.
+    """
     import onnx
 
     tensors = {t.name: t for t in model.graph.initializer}
@@ -53,8 +45,11 @@ def sums_overflow(model: onnx.ModelProto) -> bool:
     if all(zero and zero.data_type != onnx.TensorProto.UINT8 for zero in zeros):
         return False  # a zero point that is left out, or computed, counts as uint8
     weights = (
-        onnx.numpy_helper.to_array(tensor).astype(np.int16)
+        onnx_weights.array(tensor, folder)
         for tensor in tensors.values()
         if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) > 1
     )
-    return any(np.abs(weight).max(initial=0) > NO_OVERFLOW for weight in weights)
+    return any(
+        max(int(weight.max(initial=0)), -int(weight.min(initial=0))) > NO_OVERFLOW
+        for weight in weights
+    )

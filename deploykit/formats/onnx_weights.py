@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -203,14 +205,49 @@ def write(model: onnx.ModelProto, path: Path, *, folder: Path | None = None) -> 
         path.write_bytes(model.SerializeToString())
         return ()
     places = _move_out(model, source, scratch := path.with_name(f".{path.name}.weights"))
-    with scratch.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    name = f"{path.stem}.{digest[:12]}.data"
-    scratch.rename(path.with_name(name))
+    name = _named_by_content(scratch, path)
     for tensor, offset, length in places:
         _point(tensor, name, offset, length)
     path.write_bytes(model.SerializeToString())
     return (name,)
+
+
+def adopt(path: Path, scratch: Path) -> tuple[str, ...]:
+    """Give a model's one file of weights, which a library wrote at `scratch`, its name as `write`.
+
+    Returns the names of the files beside the model.
+    """
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    name = _named_by_content(scratch, path)
+    for tensor in tensors(model):
+        if is_outside(tensor):
+            _point(tensor, name, *_span(tensor))
+    path.write_bytes(model.SerializeToString())
+    return (name,)
+
+
+def _named_by_content(scratch: Path, path: Path) -> str:
+    """Move a file of weights to where the model at `path` finds it; its name."""
+    with scratch.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    name = f"{path.stem}.{digest[:12]}.data"
+    scratch.rename(path.with_name(name))
+    return name
+
+
+def lend(names: Iterable[str], source: Path, target: Path) -> None:
+    """Have files of weights in another folder too, without a copy where the system can."""
+    for name in names:
+        place = target / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.exists():
+            continue
+        try:
+            os.link(source / name, place)
+        except OSError:
+            shutil.copyfile(source / name, place)
 
 
 def _move_out(

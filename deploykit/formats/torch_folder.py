@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,7 +21,7 @@ from deploykit._code import neighbours, split_reference
 from deploykit._lazy import needs
 from deploykit.errors import InputError, StageError
 from deploykit.formats import program_file
-from deploykit.formats.checkpoint import load_weights
+from deploykit.formats.checkpoint import LARGE, load_weights
 from deploykit.formats.torch_edits import Edits, replay, set_attributes
 from deploykit.formats.torch_module import call, construct, examples, output_tensors
 from deploykit.store import read_json
@@ -139,6 +140,7 @@ def write(
 ) -> None:
     """Write the folder, load it again, and check that its outputs are equal to the bit.
 
+    A module of more than LARGE bytes is used up: its memory is given back for that check.
     `factory_source` is the file of the factory or program, None for a factory of a package; `own`
     are the user's example inputs. Raises StageError: the folder does not give the same model
     (attributes outside factory, edits and weights matter), or the factory imports what lies beside
@@ -167,26 +169,36 @@ def write(
 
 
 def _unshared(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict with each shared tensor once, contiguous."""
+    """The state dict with each shared tensor once, contiguous, each on memory of its own."""
     seen: dict[int, str] = {}
     state = module.state_dict(keep_vars=True)
     for key, tensor in state.items():
         seen.setdefault(id(tensor), key)
-    return {key: state[key].detach().clone().contiguous() for key in seen.values()}
+    kept = {key: state[key].detach() for key in seen.values()}
+    owners = Counter(tensor.untyped_storage().data_ptr() for tensor in kept.values())
+
+    def alone(tensor: torch.Tensor) -> torch.Tensor:
+        shared = owners[tensor.untyped_storage().data_ptr()] > 1
+        return (tensor.clone() if shared else tensor).contiguous()
+
+    return {key: alone(tensor) for key, tensor in kept.items()}
 
 
 def _check_reload(module: nn.Module, description: Description, folder: Path) -> None:
     import torch
 
+    large = sum(t.nbytes for t in module.state_dict().values()) > LARGE
     artifact = Artifact(
         path=folder, format="torch", precision="fp32",
         inputs=description.inputs, outputs=description.outputs, sha256="",
     )  # fmt: skip
     given = probe(folder)
-    training, again = module.training, load(artifact)
+    training = module.training
     with torch.inference_mode():
         want = output_tensors(call(module.eval(), description.inputs, given))
-        have = output_tensors(call(again, description.inputs, given))
+        if large:  # not twice in memory
+            module.to("meta")
+        have = output_tensors(call(load(artifact), description.inputs, given))
     module.train(training)
     if len(want) != len(have) or not all(map(_identical, want, have)):
         raise StageError(

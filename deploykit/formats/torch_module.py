@@ -144,8 +144,9 @@ def arguments(
 
 
 def _signature(module: nn.Module) -> list[inspect.Parameter]:
+    plain = getattr(module, "_orig_mod", module)  # of a compiled module
     try:
-        return list(inspect.signature(module.forward).parameters.values())
+        return list(inspect.signature(plain.forward).parameters.values())
     except (TypeError, ValueError):
         return []
 

@@ -215,15 +215,18 @@ def _copy(layout: Path, source: Path, out: Path, want: tuple[str, int]) -> None:
     """Copy a blob, never more than its size, and check what was copied."""
     digest, left = hashlib.sha256(), want[1]
     try:
-        with os.fdopen(_files.open_regular(source), "rb") as blob, out.open("xb") as file:
-            while block := blob.read(min(left + 1, 1 << 20)):
-                left -= len(block)
-                if left < 0:
-                    break
-                digest.update(block)
-                file.write(block)
+        descriptor = _files.open_regular(source)
     except FileNotFoundError as error:
         raise _broken(layout, f"blob {want[0]} is missing") from error
+    except OSError as error:
+        raise _broken(layout, f"blob {want[0]} is no regular file") from error
+    with os.fdopen(descriptor, "rb") as blob, out.open("xb") as file:
+        while block := blob.read(min(left + 1, 1 << 20)):
+            left -= len(block)
+            if left < 0:
+                break
+            digest.update(block)
+            file.write(block)
     if left or digest.hexdigest() != want[0]:
         raise _broken(layout, f"blob {want[0]} is not what its descriptor says")
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from deploykit.measure import feeds, outputs
+from deploykit.measure import feeds, outputs, proof
 from deploykit.measure.child import Child, ChildError
 from deploykit.measure.protocol import (
+    Drive,
+    Driven,
     Finish,
     Finished,
     Open,
@@ -26,6 +28,7 @@ from deploykit.values import Array, Measurement, Placement, SessionOptions, V, V
 
 MIN_WARMUP_RUNS, WARMUP_WINDOWS, WARMUP_LIMIT = 5, 5, 10
 """Calls at least; windows in the least warm-up time; how many times that it may take."""
+PROFILE_RUNS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ class Lane:
         self.cosines: dict[str, float] = {}
         self._setup, self._folder = setup, folder
         self._session_options = SessionOptions(threads=setup.options.threads)
-        self._opened = Opened(load_ns=0, first_run_ns=0, affinity=())
+        self._opened = Opened(load_ns=0, first_run_ns=0, yardstick_ns=0, affinity=())
         self._warmup_runs = 0
         self._finished = Finished(
             placement=Placement(provider="unknown", precisions={}), peak_rss_bytes=0
@@ -106,14 +109,24 @@ class Lane:
         if timed := self._ask(request, Timed, request.budget_ns):
             self.blocks_ns.append(timed.calls_ns)
 
-    def finish(self) -> None:
-        """Run the first feeds again: outputs that changed void the times."""
-        request = Finish(outputs=self._folder / "after.npz")
+    def drive(self, request: Drive, seconds: float) -> Driven | None:
+        """Let LoadGen run a scenario; void if it takes longer than `seconds` and the silence."""
+        return self._ask(request, Driven, int(seconds * 1e9))
+
+    def finish(self, *, account: bool) -> None:
+        """Run the first feeds again: outputs that changed void the times.
+
+        `account` asks what really ran; another provider or precision voids the times too.
+        """
+        request = Finish(
+            outputs=self._folder / "after.npz", profile_runs=PROFILE_RUNS if account else 0
+        )
         if finished := self._ask(request, Finished):
             self._finished = finished
             after = feeds.read(request.outputs)
             self._void(outputs.not_finite(after) or outputs.changed(self.before, after))
-            self._note_precision(finished.placement)
+            if account:
+                self._judge_account(finished)
 
     @property
     def label(self) -> str:
@@ -129,9 +142,11 @@ class Lane:
             options=self._session_options,
             load_ns=self._opened.load_ns,
             first_run_ns=self._opened.first_run_ns,
+            yardsticks_ns=(self._opened.yardstick_ns,) if self._opened.yardstick_ns else (),
             warmup_runs=self._warmup_runs,
             blocks_ns=tuple(self.blocks_ns),
             placement=self._finished.placement,
+            kernels=self._finished.kernels,
             peak_rss_bytes=self._finished.peak_rss_bytes,
             affinity=self._opened.affinity,
             cosines=self.cosines,
@@ -162,15 +177,22 @@ class Lane:
             return None
 
     def _void(self, reason: str | None) -> None:
-        if reason:
+        if reason and not self.invalid:
             self.invalid = reason
             self._child.close()
 
-    def _note_precision(self, placement: Placement) -> None:
-        asked = self.candidate.artifact.precision
-        if placement.precisions and asked not in placement.precisions:
+    def _judge_account(self, finished: Finished) -> None:
+        placement, asked = finished.placement, self.candidate.artifact.precision
+        told = proof.provider_shares(placement, finished.kernels)
+        other = proof.elsewhere(placement, told)
+        if other and told.get(placement.provider, 0) < proof.LEAST_SHARE:
+            self._void(other)
+        elif other:
+            self.notes.append(f"{self.label}: {other}")
+        self._void(proof.other_precision(asked, placement))
+        if not self.invalid and placement.precisions and asked not in placement.precisions:
             ran = ", ".join(f"{name} {count}" for name, count in placement.precisions.items())
-            self.notes.append(f"{self.label}: is {asked}, but no operator ran in it (ran: {ran})")
+            self.notes.append(f"{self.label}: the file is {asked}, the runtime ran {ran}")
 
     def __enter__(self) -> Self:
         return self

@@ -10,7 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from deploykit.values import Artifact, Placement, SessionOptions, Value
+from deploykit.values import Artifact, Kernel, Placement, SessionOptions, Value
+
+Scenario = Literal["single-stream", "multi-stream", "offline", "server"]
 
 
 class Open(Value):
@@ -30,10 +32,12 @@ class Opened(Value):
 
     `load_ns` is the wall time of opening the session without that of import statements: reading
     the file, building and optimizing. `first_run_ns` is the first call, host to host.
+    `yardstick_ns` is the time of `timing.yardstick` before that.
     """
 
     load_ns: int
     first_run_ns: int
+    yardstick_ns: int
     affinity: tuple[int, ...]
 
 
@@ -68,11 +72,49 @@ class Timed(Value):
     calls_ns: tuple[int, ...]
 
 
+class Drive(Value):
+    """Let LoadGen run one scenario: `Driven`."""
+
+    do: Literal["drive"] = "drive"
+    scenario: Scenario
+    seconds: float
+    """The least time."""
+    seed: int
+    batch_size: int
+    """Samples in one call."""
+    rate: float
+    """Samples a second to send (server), to have ready (offline), else queries to be expected."""
+    streams: int
+    percent: float
+    latency_ns: int
+    min_queries: int
+    folder: Path
+    """For LoadGen's logs."""
+
+
+class Driven(Value):
+    """What LoadGen says of a scenario."""
+
+    queries: int
+    per_second: float | None
+    """Samples completed; LoadGen does not tell for every scenario."""
+    latencies_ns: dict[str, int]
+    """By percentile, of a query; none for the offline scenario."""
+    late: int
+    """Queries over the latency bound."""
+    valid: bool
+    reason: str
+    early_stopping: str
+    version: str
+
+
 class Finish(Value):
     """Run the first feeds again and write their outputs to `outputs`: `Finished`."""
 
     do: Literal["finish"] = "finish"
     outputs: Path
+    profile_runs: int
+    """For the account of kernels; 0 for no account of what ran, which takes time."""
 
 
 class Finished(Value):
@@ -82,6 +124,7 @@ class Finished(Value):
     """
 
     placement: Placement
+    kernels: tuple[Kernel, ...] = ()
     peak_rss_bytes: int
 
 
@@ -91,5 +134,5 @@ class Failed(Value):
     failed: str
 
 
-Request = Open | WarmUp | Time | Finish
+Request = Open | WarmUp | Time | Drive | Finish
 REQUEST: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="do")])

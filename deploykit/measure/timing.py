@@ -10,6 +10,8 @@ from statistics import median_low
 from types import ModuleType, TracebackType
 from typing import Any, Self
 
+import numpy as np
+
 from deploykit.measure.protocol import Warmed, WarmUp
 
 Calls = Sequence[Callable[[], object]]
@@ -19,6 +21,7 @@ MAX_BLOCK_CALLS = 2000
 """A block of very short calls ends here, so that raw times stay a few megabytes."""
 RAMP = 0.1
 """Share of a block's budget that runs untimed before it: caches are cold after another process."""
+YARDSTICK_NS = 20_000_000
 STEADY_WINDOWS, STEADY_SPREAD = 3, 1.05
 
 
@@ -55,6 +58,17 @@ def warm_up(calls: Calls, plan: WarmUp, clock_ns: Clock) -> Warmed:
         if clock_ns() - began >= plan.max_ns:
             break
     return Warmed(runs=runs, steady=steady, window_medians_ns=tuple(medians))
+
+
+def yardstick(clock_ns: Clock) -> int:
+    """Median time of a fixed piece of work: a product of two float32 matrices of 256 x 256.
+
+    It tells whether the machine itself is as fast as it was in another run.
+    """
+    rng = np.random.default_rng(0)
+    a, b = rng.random((2, 256, 256), dtype=np.float32)
+    _run([lambda: a @ b], 0, YARDSTICK_NS // 4, clock_ns)  # a processor wakes up first
+    return median_low(_run([lambda: a @ b], 0, YARDSTICK_NS, clock_ns))
 
 
 def _run(calls: Calls, start: int, budget_ns: int, clock_ns: Clock) -> list[int]:

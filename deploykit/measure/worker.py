@@ -18,8 +18,10 @@ from typing import BinaryIO
 from deploykit.backends import open_session
 from deploykit.errors import DeploykitError
 from deploykit.measure import feeds
+from deploykit.measure.layers import located
 from deploykit.measure.protocol import (
     REQUEST,
+    Drive,
     Failed,
     Finish,
     Finished,
@@ -31,10 +33,11 @@ from deploykit.measure.protocol import (
     Warmed,
     WarmUp,
 )
-from deploykit.measure.timing import Calls, ImportClock, time_block, warm_up
+from deploykit.measure.timing import Calls, ImportClock, time_block, warm_up, yardstick
 from deploykit.session import Session
-from deploykit.values import Array, Artifact, Feed, SessionOptions, Value
+from deploykit.values import Array, Artifact, Feed, Placement, SessionOptions, Value
 
+NOT_TOLD = Placement(provider="unknown", precisions={})
 Opener = Callable[[Artifact, str, SessionOptions], Session]
 
 COMPARED_BYTES, COMPARED_NS = 4 << 20, 2_000_000_000
@@ -46,6 +49,7 @@ class Worker:
 
     def __init__(self, opener: Opener) -> None:
         self._opener = opener
+        self._artifact: Artifact
         self._session: Session
         self._calls: Calls
         self._compared: Sequence[Feed]
@@ -61,12 +65,17 @@ class Worker:
             case Time():
                 timed = time_block(self._calls, request.start, request.budget_ns, perf_counter_ns)
                 return Timed(calls_ns=timed)
+            case Drive():
+                from deploykit.measure.loadgen import drive
+
+                return drive(self._calls, request)
             case Finish():
                 return self._finish(request)
 
     def _open(self, request: Open) -> Opened:
-        affinity = _pin(request.affinity)
+        affinity, self._artifact = _pin(request.affinity), request.artifact
         pool = feeds.read(request.feeds)
+        yardstick_ns = yardstick(perf_counter_ns)
         began = perf_counter_ns()
         with ImportClock(perf_counter_ns) as imports:
             self._session = self._opener(request.artifact, request.backend, request.options)
@@ -75,7 +84,12 @@ class Worker:
         feeds.write(request.outputs, outputs)
         self._compared = pool[: len(outputs)]
         self._calls = [self._session.prepare(feed) for feed in pool]
-        return Opened(load_ns=load_ns, first_run_ns=first_run_ns, affinity=affinity)
+        return Opened(
+            load_ns=load_ns,
+            first_run_ns=first_run_ns,
+            yardstick_ns=yardstick_ns,
+            affinity=affinity,
+        )
 
     def _warm_up(self, request: WarmUp) -> Warmed:
         warmed = warm_up(self._calls, request, perf_counter_ns)
@@ -86,8 +100,14 @@ class Worker:
     def _finish(self, request: Finish) -> Finished:
         peak = peak_rss_bytes()  # before `placement`, which may load the model again
         feeds.write(request.outputs, [self._session.run(feed) for feed in self._compared])
-        placement = self._session.placement(self._compared[0])
-        return Finished(placement=placement, peak_rss_bytes=peak)
+        if not request.profile_runs:
+            return Finished(placement=NOT_TOLD, peak_rss_bytes=peak)
+        first = self._compared[0]
+        return Finished(
+            placement=self._session.placement(first),
+            kernels=located(self._session.kernels(first, request.profile_runs), self._artifact),
+            peak_rss_bytes=peak,
+        )
 
 
 def _first_outputs(session: Session, pool: Sequence[Feed]) -> tuple[int, list[dict[str, Array]]]:

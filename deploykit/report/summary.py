@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +11,7 @@ from deploykit import _files, store
 from deploykit.environment import Environment
 from deploykit.measure import BenchResult, statistics
 from deploykit.report import html
+from deploykit.report.steps import step_by_step
 from deploykit.values import Artifact, Gate, Interval, Json, Measurement, Score, Value, Verdict
 
 
@@ -60,7 +60,7 @@ class Row(Value):
             backend=backend,
             precision=artifact.precision,
             ran=measured.placement.precisions if measured and not measured.invalid else None,
-            size_bytes=_files.size_bytes(artifact.path),
+            size_bytes=sum(map(_files.size_bytes, artifact.files)),
             score=score.score,
             samples=score.samples,
         )
@@ -93,6 +93,8 @@ class RunSummary(Value):
     metric: str
     target: str
     rows: tuple[Row, ...]
+    baselines: dict[str, str] = {}
+    """The engines that the speed-ups are over, by what the table calls them."""
     noise_floor: Interval
     """Speed-up of the baseline over itself in another process: less than this is noise."""
     verdict: Verdict
@@ -159,14 +161,18 @@ def ran_as(precisions: dict[str, int] | None) -> str:
 
 
 def size(number: int) -> str:
-    """A size in kB or MB."""
-    return f"{number / 1e3:.0f} kB" if number < 1e6 else f"{number / 1e6:.1f} MB"
+    """A size in B, kB, MB or GB."""
+    if number < 1000:
+        return f"{number} B"
+    if number < 1e6:
+        return f"{number / 1e3:.0f} kB"
+    return f"{number / 1e6:.1f} MB" if number < 1e9 else f"{number / 1e9:.2f} GB"
 
 
 def describe(artifact: Artifact) -> str:
-    """What a stage made, in one line."""
+    """What a stage made, in one line, and one more for each warning."""
     facts = artifact.facts
-    told = [artifact.precision, size(_files.size_bytes(artifact.path))]
+    told = [artifact.precision, size(sum(map(_files.size_bytes, artifact.files)))]
     for key, text in (
         ("parameters_after", "{:,} parameters"),
         ("compute_nodes_quantized", "{} of {compute_nodes} compute nodes quantized"),
@@ -174,23 +180,37 @@ def describe(artifact: Artifact) -> str:
     ):
         if key in facts:
             told.append(text.format(facts[key], **facts))
+    if total := facts.get("multiply_accumulates"):
+        share = facts["multiply_accumulates_quantized"] / total
+        told[-1] += f" with {share:.0%} of the multiply-accumulates"
     if found := facts.get("search"):
-        told += _choice(facts["candidate"], found, facts["preset"]["name"])
-    told += [f"warning: {warning}" for warning in facts.get("warnings", ())]
+        told += choice(facts["candidate"], found)
+    warnings = list(facts.get("warnings", ()))
     if huge := facts.get("huge_ranges"):
-        told.append(f"{len(huge)} tensors with huge ranges ({huge[0]!r}): few levels are left")
-    return ", ".join(told)
+        warnings.append(f"{len(huge)} tensors with huge ranges ({huge[0]!r}): few levels are left")
+    return "\n".join([", ".join(told), *(f"  warning: {warning}" for warning in warnings)])
 
 
-def _choice(name: str, found: Json, preset: str) -> list[str]:
+def choice(name: str, found: Json) -> list[str]:
     """What was chosen, how near to the float model it is, and how fast where it will run."""
     near = f"{found['chosen']['sqnr_db']:.0f} dB to the float model"
     told = [name, f"{near} on {found['held_back_samples']} samples", *_kept(found)]
-    if not preset.startswith(found["runtime"]):
-        return told  # its time is another runtime's
+    if not found.get("timed_on_target"):
+        return [*told, "not timed where it will run"]
     ratio = found["chosen"]["time_ratio"]
-    told.append(f"{1 / ratio:.2f}x as fast on {found['runtime']}")
-    return [*told, "NOT FASTER than the float model"] if ratio >= 1 else told
+    before, after = (f"{found['chosen'][key]:.3g} ms" for key in ("float_ms", "ms"))
+    where = f"the float model on {found['runtime']} ({after}, was {before}, one thread)"
+    if ratio >= 1:
+        return [*told, f"NOT FASTER than {where}{_slow(found['time_of'])}"]
+    return [*told, f"{1 / ratio:.2f}x as fast as {where}"]
+
+
+def _slow(shares: Json) -> str:
+    """Where the time of a model goes that is not faster than in float."""
+    if not shares:
+        return ""
+    told = ", ".join(f"{share:.0%} {what}" for what, share in shares.items())
+    return f": its time goes {told}; keep the float model there"
 
 
 def _kept(found: Json) -> list[str]:
@@ -198,7 +218,10 @@ def _kept(found: Json) -> list[str]:
     chosen, float_score = found["chosen"], found["float_score"]
     if chosen["drop"] is None:
         return []
-    lost = f"{chosen['drop']:.2g} lost of {found['max_drop']:.2g} allowed"
+    allowed = found["max_drop"]
+    lost = f"{chosen['drop']:.2g} lost of {allowed:.2g} allowed"
+    if chosen["drop"] < 0:
+        lost = f"{-chosen['drop']:.2g} gained, {allowed:.2g} may be lost,"
     where = f"on {chosen['scored_samples']} samples"
     return [f"{found['metric']} {chosen['score']:.4g}, was {float_score:.4g}: {lost} {where}"]
 
@@ -229,9 +252,9 @@ def verdict_text(summary: RunSummary) -> str:
     return (
         f"Ship {verdict.ship} on {summary.target}, the recipe's target: "
         f"{summary.metric} drop {interval(drop.value, 4)} (allowed {drop.limit:.4f}), "
-        f"{interval(gain.value, 2, 'x')} as fast as FP32 ONNX (needed above {gain.limit:.2f}x: "
-        f"the larger of the recipe's limit and the noise floor)."
-        f"{_unsettled(drop, samples)}{_steps(summary)}{_elsewhere(summary)}"
+        f"{interval(gain.value, 2, 'x')} as fast as FP32 ONNX there "
+        f"(needed above {gain.limit:.2f}x: the larger of the recipe's limit and the noise floor)."
+        f"{_unsettled(drop, samples)}{step_by_step(summary)}{_elsewhere(summary)}"
     )
 
 
@@ -247,24 +270,6 @@ def _unsettled(drop: Gate, samples: int) -> str:
         f" The gate holds on these {samples} samples; its interval reaches over the limit, about "
         f"{needed:.1g} samples would settle it."
     )
-
-
-def _steps(summary: RunSummary) -> str:
-    """What each step took of the score or gave back, from the model to what ships."""
-    family = (summary.verdict.ship or "").partition(".")[0]
-    scores: dict[str, float] = {}
-    for row in summary.rows:
-        begins, _, rest = row.name.partition(".")
-        on_the_way = begins == family or (family != "model" and not rest)
-        if on_the_way and (row.name not in scores or row.backend == summary.target):
-            scores[row.name] = row.score.value
-    if len(scores) < 3:
-        return ""
-    told = [
-        f"{name} {after - before:+.4f}"
-        for (_, before), (name, after) in itertools.pairwise(scores.items())
-    ]
-    return f" Step by step: {', '.join(told)}."
 
 
 def _elsewhere(summary: RunSummary) -> str:
@@ -293,9 +298,20 @@ def notes(summary: RunSummary) -> str:
         else ""
     )
     return (
-        f"{sizes}Brackets are 95 % intervals. Noise floor (the baseline against itself): "
-        f"{interval(summary.noise_floor, 3, 'x')}; a gain inside it is none.{quick}"
+        f"{sizes}{_baselines(summary)}Brackets are 95 % intervals. "
+        f"Noise floor (the baseline against itself): {interval(summary.noise_floor, 3, 'x')}; "
+        f"a gain inside it is none.{quick}"
         + "".join(f" {note}." for note in summary.notes if not note.startswith("quick"))
+    )
+
+
+def _baselines(summary: RunSummary) -> str:
+    """What each speed-up is over, with its time."""
+    times = {f"{r.name} @ {r.backend}": r.p50_ms for r in summary.rows if r.p50_ms}
+    return "".join(
+        f"{title}: over {name}, {interval(times[name], 3)} ms. "
+        for title, name in summary.baselines.items()
+        if name in times
     )
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -81,9 +78,9 @@ class Lab:
     def session(self, model: onnx.ModelProto, name: str, artifact: Artifact) -> Session:
         """Open a changed graph without the runtime's own changes."""
         path = self.scratch / f"{name}.onnx"
-        for place in onnx_weights.files(model):
-            link(self.source.path.parent / place, self.scratch / place)
-        onnx_weights.write(model, path, folder=self.source.path.parent)
+        folder = self.source.path.parent
+        onnx_weights.lend(onnx_weights.files(model), folder, self.scratch)
+        onnx_weights.write(model, path, folder=folder)
         changed = artifact.model_copy(update={"path": path, "sha256": "", "history": ()})
         options = SessionOptions(threads=read_environment().cores, simulate=True)
         return open_session(changed, "ort-cpu", options)
@@ -229,14 +226,3 @@ def switched(session: Session, source: Artifact, data: Dataset, flags: Array) ->
         for name, array in session.run({**feed, SWITCH: flags}).items():
             parts[name].append(array)
     return {name: np.concatenate(each)[: len(data)] for name, each in parts.items()}
-
-
-def link(source: Path, target: Path) -> None:
-    """Have a file in another folder too, without a copy where the system can."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        return
-    with suppress(OSError):
-        os.link(source, target)
-        return
-    shutil.copyfile(source, target)

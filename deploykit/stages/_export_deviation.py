@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploykit import _files
 from deploykit._lazy import needs
 from deploykit.backends import open_session
-from deploykit.formats import torch_module
+from deploykit.formats import onnx_weights, torch_module
 from deploykit.stages._export_proof import apart
 from deploykit.values import Array, Artifact, Feed, SessionOptions, TensorSpec
 
@@ -86,14 +85,15 @@ def _onnx_values(artifact: Artifact, feed: Feed, names: Sequence[str]) -> dict[s
     """Those values of the ONNX file that have such names, and its outputs."""
     with needs("onnx"):
         import onnx
-    model = onnx.load(artifact.path)
+    model = onnx.load(artifact.path, load_external_data=False)
     there = {name for node in model.graph.node for name in node.output}
     own = [spec.name for spec in artifact.outputs]
     shown = [name for name in names if name in there and name not in own]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in shown)
     outputs = tuple(TensorSpec(name=n, dtype="float32", shape=()) for n in (*own, *shown))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "shown.onnx"
+    with _files.scratch() as folder:
+        path = folder / "shown.onnx"
+        onnx_weights.lend(artifact.weights, artifact.path.parent, path.parent)
         onnx.save(model, path)
         open_wide = artifact.model_copy(update={"path": path, "outputs": outputs})
         with open_session(open_wide, "ort-cpu", SessionOptions(simulate=True)) as session:

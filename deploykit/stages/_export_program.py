@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploykit._lazy import needs
 from deploykit.errors import StageError
-from deploykit.formats import torch_module
+from deploykit.formats import onnx_weights, torch_module
 from deploykit.values import Dimension, TensorSpec
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ def capture(
 
 def to_onnx(
     program: ExportedProgram, inputs: Specs, outputs: Specs, opset: int, path: Path
-) -> ExportedProgram:
-    """Write a program as ONNX; the program as it was decomposed for that.
+) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """Write a program as ONNX; the program as it was decomposed for that, and its weights' files.
 
     Raises StageError: an operator has no counterpart.
     """
@@ -92,11 +92,20 @@ def to_onnx(
             )
             assert made is not None  # noqa: S101 - of the dynamo exporter it never is
             _strip(made)
-            made.save(str(path), external_data=False)
+            beside = _save(made, path)
             assert made.exported_program is not None  # noqa: S101 - it comes from one
     except Exception as error:  # the exporter raises many kinds
         raise _failed(error) from error
-    return made.exported_program
+    return made.exported_program, beside
+
+
+def _save(made: ONNXProgram, path: Path) -> tuple[str, ...]:
+    """Write the model; torch puts the weights in a file beside it where one is too small."""
+    made.save(str(path))
+    for value in made.model.graph.initializers.values():
+        value.const_value = None  # onnxscript's rewriter keeps the last graph for ever
+    beside = path.with_name(f"{path.name}.data")
+    return onnx_weights.adopt(path, beside) if beside.exists() else ()
 
 
 def _strip(made: ONNXProgram) -> None:

@@ -85,30 +85,45 @@ class Mismatch(AnswerIsNo):
         self.feed = feed
 
 
-def prove(
-    reference: Callable[[Feed], Outputs],
-    session: Session,
-    todo: Sequence[Check],
-    feeds: Callable[[Sizes], Feed],
-    tolerance: float,
-) -> Json:
+@dataclass(frozen=True)
+class Taken:
+    """What PyTorch gave for a check; no outputs where it refuses a size that nobody asked for."""
+
+    check: Check
+    feed: Feed
+    want: Outputs | None
+
+
+def answers(
+    reference: Callable[[Feed], Outputs], todo: Sequence[Check], feeds: Callable[[Sizes], Feed]
+) -> list[Taken]:
+    """PyTorch's outputs for all checks.
+
+    Raises InputError: PyTorch itself does not run at a promised size, or gives NaN.
+    """
+    made = []
+    for check in todo:
+        feed = feeds(check.sizes)
+        made.append(Taken(check, feed, _wanted(reference, feed, check)))
+    return made
+
+
+def prove(session: Session, taken: Sequence[Taken], tolerance: float) -> Json:
     """Facts of the comparison. Raises Mismatch: beyond the tolerance.
 
-    InputError: PyTorch itself does not run at a promised size, or gives NaN. StageError: what was
-    exported does not run where PyTorch does, or at no size but the one of its making.
+    StageError: what was exported does not run where PyTorch does, or at no size but the one of its
+    making.
     """
     done: dict[str, dict[str, list[int]]] = {}
     worst: dict[str, Difference] = {}
-    for check in todo:
-        kept = done.setdefault(check.dimension, {"checked": [], "refused_by_the_model": []})
-        feed = feeds(check.sizes)
-        want = _wanted(reference, feed, check)
-        size = check.sizes.get(check.dimension, 1)
-        kept["checked" if want is not None else "refused_by_the_model"].append(size)
-        if want is None:
+    for one in taken:
+        kept = done.setdefault(one.check.dimension, {"checked": [], "refused_by_the_model": []})
+        size = one.check.sizes.get(one.check.dimension, 1)
+        kept["checked" if one.want is not None else "refused_by_the_model"].append(size)
+        if one.want is None:
             continue
-        for gap in _gaps(want, session, feed, check):
-            _hold(gap, feed, check, tolerance)
+        for gap in _gaps(one.want, session, one.feed, one.check):
+            _hold(gap, one.feed, one.check, tolerance)
             old = worst.get(gap.output)
             worst[gap.output] = gap if old is None else _worse(old, gap)
     for name, kept in done.items():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +17,9 @@ from deploykit.errors import AnswerIsNo, InputError, StageError
 from deploykit.formats import onnx_file, program_file, torch_folder, torch_module
 from deploykit.stages._export_deviation import first_deviation
 from deploykit.stages._export_program import capture, to_onnx
-from deploykit.stages._export_proof import Feeds, Mismatch, checks, prove
+from deploykit.stages._export_proof import Check, Feeds, Mismatch, Taken, answers, checks, prove
 from deploykit.store import Job, Made
-from deploykit.values import Array, Artifact, Dimension, Feed, Json, TensorSpec, Value
+from deploykit.values import Array, Artifact, Dimension, Feed, TensorSpec, Value
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 Specs = tuple[TensorSpec, ...]
 Dimensions = tuple[Dimension, ...]
+Traced = Callable[[Path], "tuple[nn.Module, ExportedProgram, tuple[str, ...]]"]
+"""Exports to a path: the module, its decomposed program, and the files of weights."""
 LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
 
 
@@ -67,18 +72,29 @@ def export(
         inputs, dimensions = source.inputs, torch_folder.describe(source.path).every_dimension
         if not options.dynamic_batch:
             inputs, dimensions = _at_one(inputs, dimensions)
-        module = torch_folder.load(source)
-        program = _program(module, source.path, inputs, dimensions)
-        decomposed = to_onnx(program, inputs, source.outputs, options.opset, path)
-        made = _described(path, inputs)
+        todo = checks(inputs, dimensions, options.verify_batch_sizes)
         feeds = Feeds(inputs, bound, source.path)
+
+        def traced(path: Path) -> tuple[nn.Module, ExportedProgram, tuple[str, ...]]:
+            module = torch_folder.load(source)
+            program = _program(module, source.path, inputs, dimensions)
+            return module, *to_onnx(program, inputs, source.outputs, options.opset, path)
+
+        def exported() -> tuple[Made, list[Taken]]:
+            """PyTorch's part of it: after this, no module is held."""
+            module, _, weights = traced(path)
+            made = _described(path, inputs, weights)
+            return made, _answers(module, made, todo, feeds)
+
+        made, taken = exported()
+        gc.collect()  # a program is full of cycles, and holds the weights
         try:
-            proof = _proof(module, made, path, options, feeds, dimensions)
+            with open_session(_artifact(made, path), "ort-cpu") as session:
+                proof = prove(session, taken, options.tolerance)
         except Mismatch as error:
-            at = first_deviation(
-                module, decomposed, _artifact(made, path), error.feed, options.tolerance
-            )
-            raise AnswerIsNo(f"{error}; {at}", hint=error.hint) from error
+            raise AnswerIsNo(
+                f"{error}; {_deviation(traced, made, path, error, options)}", hint=error.hint
+            ) from error
         facts = {
             **made.facts,
             "verified_on": Path(data.reference).name if data else "random inputs",
@@ -114,9 +130,24 @@ def _program(
     return capture(module, inputs, dimensions, example)
 
 
-def _described(path: Path, wanted: tuple[TensorSpec, ...]) -> Made:
+def _deviation(
+    traced: Traced, made: Made, path: Path, error: Mismatch, options: ExportOptions
+) -> str:
+    """Where the two part; the model is traced again for that, into a folder that goes."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        module, program, _ = traced(Path(folder) / path.name)
+    try:
+        return first_deviation(
+            module, program, _artifact(made, path), error.feed, options.tolerance
+        )
+    except Exception as failed:  # noqa: BLE001 - the answer is no whatever becomes of the search
+        reason = (str(failed).splitlines() or [type(failed).__name__])[0]
+        return f"which module differs was not found: {reason}"
+
+
+def _described(path: Path, wanted: tuple[TensorSpec, ...], weights: tuple[str, ...]) -> Made:
     """What was exported. Raises StageError: its inputs are not the ones wanted."""
-    model = onnx_file.read(path)
+    model = onnx_file.shell(path)
     got = {spec.name: spec for spec in onnx_file.inputs(model)}
     for spec in wanted:
         have = got.get(spec.name)
@@ -130,6 +161,7 @@ def _described(path: Path, wanted: tuple[TensorSpec, ...]) -> Made:
         precision=onnx_file.precision(model),
         inputs=wanted,
         outputs=onnx_file.outputs(model),
+        weights=weights,
         facts={
             "opset": onnx_file.opset(model),
             "operators": onnx_file.operators(model),
@@ -146,26 +178,19 @@ def _same_dims(wanted: TensorSpec, have: TensorSpec) -> bool:
     )
 
 
-def _proof(
-    module: nn.Module,
-    made: Made,
-    path: Path,
-    options: ExportOptions,
-    feeds: Feeds,
-    dimensions: Dimensions,
-) -> Json:
-    """Facts of the comparison with PyTorch. Raises Mismatch and others as `prove`."""
+def _answers(module: nn.Module, made: Made, todo: Sequence[Check], feeds: Feeds) -> list[Taken]:
+    """PyTorch's own outputs at all sizes. Raises as `answers`."""
     names = [spec.name for spec in made.outputs]
 
     def reference(feed: Feed) -> dict[str, Array]:
         found = torch_module.run(module, made.inputs, feed)
         return dict(zip(names, found, strict=True))
 
-    todo = checks(made.inputs, dimensions, options.verify_batch_sizes)
-    with open_session(_artifact(made, path), "ort-cpu") as session:
-        return prove(reference, session, todo, feeds, options.tolerance)
+    return answers(reference, todo, feeds)
 
 
 def _artifact(made: Made, path: Path) -> Artifact:
-    plain: dict[str, Any] = made.model_dump(include={"format", "precision", "inputs", "outputs"})
+    plain: dict[str, Any] = made.model_dump(
+        include={"format", "precision", "inputs", "outputs", "weights"}
+    )
     return Artifact(path=path, sha256="", **plain)

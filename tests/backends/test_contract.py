@@ -22,7 +22,10 @@ from deploykit.values import Artifact, SessionOptions
 of_onnx = pytest.mark.parametrize(
     "runtime", [b for b in BACKENDS if "onnx" in b.formats], ids=lambda b: b.name
 )
-each = pytest.mark.parametrize("runtime", BACKENDS, ids=lambda b: b.name)
+# Compiling takes long: test_pytorch.py asks it what differs.
+each = pytest.mark.parametrize(
+    "runtime", [b for b in BACKENDS if b.name != "pytorch-compile"], ids=lambda b: b.name
+)
 
 
 @pytest.fixture
@@ -129,11 +132,9 @@ def test_says_how_long_each_kernel_takes(
         for _ in range(10):
             call()
         run_us = (time.perf_counter() - started) * 1e5
-    if runtime.name == "pytorch":
-        assert kernels == ()
-        return
     convolutions = [k for k in kernels if k.operator.startswith("Conv")]
     assert len(convolutions) == 13
+    assert all(k.precision == "fp32" and "CPU" in k.provider for k in convolutions)
     assert all(k.names and k.microseconds > 0 for k in convolutions)
     assert 0.2 * run_us < sum(k.microseconds for k in kernels) < 5 * run_us  # a busy machine
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 
 from deploykit import _files
 from deploykit.bundle import PackagedModel, PackageOptions, golden, manifest, package, verify
+from deploykit.bundle.publishing import publish
 from deploykit.dataset import Dataset
 from deploykit.errors import InputError, IntegrityError, MissingError, StageError, UsageError
 from deploykit.formats import open_model
@@ -303,18 +305,23 @@ class TestModelsNotFitForABundle:
         with pytest.raises(InputError, match="not finite"):
             package([(model, "ort-cpu")], PLAIN, out=tmp_path / "bundle", data=huge)
 
-    def test_weights_in_another_file(self, data: Dataset, tmp_path: Path):
-        model = save_linear(tmp_path / "m.onnx")
-        onnx.save(
-            onnx.load(model.path),
-            tmp_path / "split.onnx",
-            save_as_external_data=True,
-            location="weights.bin",
-            size_threshold=0,
-        )
-        model = open_model(tmp_path / "split.onnx")
-        with pytest.raises(InputError, match="another file"):
+    @pytest.mark.parametrize("name", ["manifest.json", "golden_inputs.npz", "model.onnx"])
+    def test_weights_with_the_name_of_a_file_of_the_bundle(
+        self, data: Dataset, tmp_path: Path, name: str
+    ):
+        model = split_linear(tmp_path / "split.onnx", name)
+        with pytest.raises(InputError, match="a name that the bundle's own files may have"):
             package([(model, "ort-cpu")], PLAIN, out=tmp_path / "bundle", data=data)
+        assert not (tmp_path / "bundle").exists()
+
+    def test_other_weights_of_one_name(self, data: Dataset, tmp_path: Path):
+        for number in (1, 2):
+            (tmp_path / str(number)).mkdir()
+        one = split_linear(tmp_path / "1" / "m.onnx", "w.bin")
+        two = split_linear(tmp_path / "2" / "m.onnx", "w.bin", scale=2)
+        models = [(one, "ort-cpu"), (two.model_copy(update={"precision": "fp16"}), "ort-cpu")]
+        with pytest.raises(InputError, match=r"other weights in files of one name, 'w\.bin'"):
+            package(models, PLAIN, out=tmp_path / "bundle", data=data)
 
     def test_data_of_another_model(self, linear: Artifact, tmp_path: Path):
         other = samples(tmp_path / "other.npz", z=np.zeros((4, 3), np.float32))
@@ -325,6 +332,46 @@ class TestModelsNotFitForABundle:
         with pytest.raises(UsageError, match="no bundle is made for ort-cqu") as caught:
             package([(linear, "ort-cqu")], PLAIN, out=tmp_path / "bundle", data=data)
         assert caught.value.hint == "did you mean 'ort-cpu'?"
+
+
+def split_linear(path: Path, weights: str, scale: float = 1.0) -> Artifact:
+    """The small linear model with its weights in a file beside it."""
+    proto = onnx.load(save_linear(path.with_name("whole.onnx")).path)
+    for tensor in proto.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor) * np.float32(scale)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save(proto, path, save_as_external_data=True, location=weights, size_threshold=0)
+    return open_model(path)
+
+
+class TestWeightsInAnotherFile:
+    @pytest.mark.parametrize("layout", ["plain", "triton", "oci"])
+    def test_they_go_with_the_model(self, data: Dataset, tmp_path: Path, layout: str):
+        (tmp_path / "in").mkdir()
+        model = split_linear(tmp_path / "in" / "split.onnx", "weights.bin")
+        out, options = tmp_path / "bundle", PackageOptions(layout=layout, name="net")
+        bundle = package([(model, "ort-cpu")], options, out=out, data=data)
+        place = str(Path(bundle.engines[0].path).with_name("weights.bin"))
+        assert {f.path: f.role for f in bundle.files}[place] == "model"
+        shutil.rmtree(tmp_path / "in")
+        moved = out.rename(tmp_path / "elsewhere")
+        assert verify(moved).golden_max_error == 0
+        if layout == "oci":
+            return
+        file = moved / place
+        file.write_bytes(bytes(file.stat().st_size))
+        with pytest.raises(IntegrityError, match=r"weights\.bin"):
+            verify(moved)
+
+    def test_they_are_published_and_the_bundle_stays_sound(self, data: Dataset, tmp_path: Path):
+        model = split_linear(tmp_path / "split.onnx", "weights.bin")
+        options = PackageOptions(layout="triton", name="net")
+        package([(model, "ort-cpu")], options, out=tmp_path / "bundle", data=data)
+        publish(tmp_path / "bundle", tmp_path / "repository")
+        served = tmp_path / "repository" / "net" / "1"
+        assert sorted(p.name for p in served.iterdir()) == ["model.onnx", "weights.bin"]
+        assert open_model(served / "model.onnx").weights == ("weights.bin",)
+        assert len(list((tmp_path / "repository").rglob("weights.bin"))) == 2
 
 
 class TestPreprocessing:

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("fastapi", reason="fastapi is not installed")
-pytest.importorskip("httpx", reason="httpx is not installed")
+pytest.importorskip("fastapi", reason="fastapi is not installed: deploykit[test]")
+pytest.importorskip("httpx2", reason="httpx2 is not installed: deploykit[test]")
 
 import deploykit
 
 TEXT = (Path(deploykit.__file__).parent / "SERVING.md").read_text()
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_the_server_of_the_page(sound: Path):
     from fastapi.testclient import TestClient
 
@@ -27,5 +26,10 @@ def test_the_server_of_the_page(sound: Path):
         found = client.post("/predict", json={"x": [[0, 0, 0], [1, 2, 3]]})
         assert found.status_code == 200
         assert len(found.json()["y"]) == 2
-        for bad in ({}, {"x": [[1, 2]]}, {"x": [["a", "b", "c"]]}):
+        for bad in ({}, {"x": [[1, 2]]}, {"x": [["a", "b", "c"]]}, {"x": []}, {"x": [[1], [2, 3]]}):
             assert client.post("/predict", json=bad).status_code == 400
+        for torn in ('{"x": [[1', "[1, 2]", "", '{"x": 3}'):
+            assert client.post("/predict", content=torn).status_code == 422
+        large = client.post("/predict", json={"x": [[0, 0, 0]] * 50_000})
+        assert (large.status_code, len(large.json()["y"])) == (200, 50_000)
+        assert client.post("/predict", json={"x": [[1, 2, 3]]}).status_code == 200

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -106,32 +107,6 @@ def test_compare_tells_how_int8_differs(
     assert document["outputs"][0]["max_absolute"] == 0
 
 
-def test_bench_keeps_every_sample(
-    deploykit: Command, teacher_onnx: Artifact, teacher_int8: Artifact, tmp_path: Path
-) -> None:
-    out = tmp_path / "bench.json"
-    told = deploykit(
-        "bench", teacher_onnx.path, teacher_int8.path, "--backend", "ort-cpu",
-        "--data", CALIBRATION, "--preset", "quick", "--blocks", "15", "--block-ms", "20", "-o", out,
-    )  # fmt: skip
-    assert told.code == 0, told.err
-    assert "noise floor" in told.out
-    document = json.loads(out.read_text())
-    assert document["schema"] == "deploykit.bench/1"
-    assert all(len(m["blocks_ns"]) == 15 for m in document["measurements"])
-
-
-def test_bench_without_data_is_refused_and_random_is_marked(
-    deploykit: Command, teacher_onnx: Artifact
-) -> None:
-    assert deploykit("bench", teacher_onnx.path).code == 2
-    told = deploykit(
-        "bench", teacher_onnx.path, "--backend", "ort-cpu", "--data", "random",
-        "--blocks", "15", "--block-ms", "5", "--json",
-    )  # fmt: skip
-    assert json.loads(told.out)["inputs"] == "random"
-
-
 def test_doctor_says_what_works_here(deploykit: Command) -> None:
     document = json.loads(deploykit("doctor", "--json").out)
     assert document["checks"]["ort-cpu"] == {"ok": True, "reason": None}
@@ -164,6 +139,17 @@ def test_a_promise_is_kept_and_told(
     limit = 0.01 * (search["float_score"] if drop == "1%" else 1)
     assert search["float_score"] == pytest.approx(0.93, abs=0.02)  # top1, which is the default
     assert search["chosen"]["drop"] <= limit
+    again = deploykit(
+        "quantize", teacher_onnx.path, "--calibration-data", CALIBRATION, "-o", out,
+        "--max-drop", drop, "--evaluation-data", few, "--scope", "residual",
+        "--calibration-method", "minmax",
+    )  # fmt: skip
+    line = again.out.splitlines()[0]
+    assert line.endswith("kept: made before of the same inputs, options and versions")
+    assert re.search(
+        r"top1 0\.9\d+, was 0\.9\d+: .* 0\.0\d+ (allowed|may be lost,) on 500 samples", line
+    )
+    assert re.search(r"the float model on ort-cpu \(.* ms, was .* ms, one thread\)", line)
 
 
 def test_a_promise_that_cannot_be_kept_is_a_no_and_writes_nothing(
@@ -173,11 +159,17 @@ def test_a_promise_that_cannot_be_kept_is_a_no_and_writes_nothing(
         "quantize", teacher_onnx.path, "--calibration-data", CALIBRATION,
         "-o", tmp_path / "q.onnx", "--max-drop", "0", "--evaluation-data", few,
         "--metric", "cosine", "--scope", "residual", "--calibration-method", "minmax",
-        "--corrections", "none",
+        "--corrections", "none", "--json",
     )  # fmt: skip
     assert told.code == 7
     assert "no INT8 model keeps cosine within 0 of 1; the nearest is" in told.err
     assert "drop and time over float of what was tried: residual-minmax" in told.err
+    document = json.loads(told.out)
+    assert (document["schema"], document["exit_code"]) == ("deploykit.error/1", 7)
+    assert document["error"] in told.err
+    facts = document["facts"]
+    assert facts["nearest"]["name"] in {point["name"] for point in facts["candidates"]}
+    assert facts["nearest"]["drop"] > facts["max_drop"] == 0
     assert not list(tmp_path.iterdir())
 
 
@@ -189,6 +181,7 @@ def test_a_promise_that_cannot_be_kept_is_a_no_and_writes_nothing(
         (("--evaluation-data", EVALUATION), "go together"),
         (("--max-drop", "1 %%", "--evaluation-data", EVALUATION), "'1 %%' is no number from 0 up"),
         (("--max-drop", "-1%", "--evaluation-data", EVALUATION), "'-1%' is no number from 0 up"),
+        (("--max-drop", "1", "--evaluation-data", EVALUATION), "a drop of 1 allows any top1"),
         (("--max-drop", "nan", "--evaluation-data", EVALUATION), "'nan' is no number from 0 up"),
     ],
 )

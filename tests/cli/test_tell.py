@@ -1,15 +1,17 @@
-"""`inspect` on a model whose record says what each node costs."""
+"""`inspect`: what a model is, and what each node of it costs where its record says so."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import onnx
 import pytest
 
 from deploykit.values import Artifact
 from tests.cli.conftest import Command
 from tests.conftest import FASHION
+from tests.formats.test_onnx_check import custom
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +97,49 @@ def test_a_model_without_the_data_is_told_the_way_out(
         assert told.code == 3
         assert "does not say what each node costs" in told.lines[0]
         assert "--node-damage" in told.lines[1]
+
+
+def test_what_a_model_is(deploykit: Command, int8: Path) -> None:
+    told = deploykit("inspect", int8)
+    assert told.code == 0, told.err
+    lines = {line.split()[0]: line for line in told.out.splitlines()[1:]}
+    assert "20, IR 10" in lines["opset"]
+    assert "batch (images:0)" in lines["dynamic"]
+    assert "int8 2" in lines["parameters"]
+    assert "29.7 M multiply-accumulates" in lines["work"]
+    assert "at images [1, 1, 28, 28]" in lines["work"]
+    assert "12 of 14 computing nodes" in lines["quantized"]
+    assert "Conv 13" in told.out
+    assert "in float: " in told.out
+    assert "2 left out by request" in told.out
+    assert "{" not in told.out.split("preprocessing")[0]  # nothing is dumped
+
+
+def test_json_says_what_a_model_is_made_of(deploykit: Command, int8: Path) -> None:
+    graph = json.loads(deploykit("inspect", int8, "--json").out)["graph"]
+    assert graph["multiply_accumulates"] == 29_673_472
+    assert sum(part["multiply_accumulates"] for part in graph["parts"]) == 29_673_472
+    assert {part["precision"] for part in graph["parts"]} == {"int8", "fp32"}
+    assert graph["dynamic"] == {"batch": ["images:0"]}
+
+
+def test_the_work_at_a_size_that_is_given(deploykit: Command, int8: Path) -> None:
+    told = deploykit("inspect", int8, "--input-shape", "images:4x1x28x28")
+    assert "119 M multiply-accumulates (118,693,888) at images [4, 1, 28, 28]" in told.out
+    told = deploykit("inspect", int8, "--input-shape", "images:4x3x28x28")
+    assert told.code == 3
+    assert "does not fit images" in told.lines[0]
+    shapes = ("--input-shape", "images:4x1x28x28", "--input-shape", "images:2x1x28x28")
+    assert deploykit("inspect", int8, *shapes).code == 2
+
+
+def test_a_model_of_native_code_is_told_and_nothing_of_it_runs(
+    deploykit: Command, tmp_path: Path
+) -> None:
+    proto = custom("Bell\x1b[31m", "com.acme")
+    onnx.save(proto, tmp_path / "m.onnx")
+    told = deploykit("inspect", tmp_path / "m.onnx")
+    assert told.code == 0, told.err
+    assert "native code com.acme::Bell" in told.out
+    assert "\x1b" not in told.out
+    assert deploykit("evaluate", tmp_path / "m.onnx", "--data", FASHION / "evaluation.npz").code

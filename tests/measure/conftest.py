@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +8,11 @@ import pytest
 
 from deploykit.dataset import Dataset, open_dataset
 from deploykit.measure import BenchOptions, Candidate
+from deploykit.measure.fake_worker import WORKER
 from deploykit.values import Artifact, Measurement, Placement, SessionOptions, TensorSpec
 
-FAKE_WORKER = (sys.executable, "-P", str(Path(__file__).with_name("fake_worker.py")))
-FAST = BenchOptions(blocks=15, block_ms=4, warmup_ms=15, max_seconds=60)
+FAKE_WORKER = WORKER
+FAST = BenchOptions(processes=1, blocks=15, block_ms=4, warmup_ms=15, max_seconds=60)
 
 MakeCandidate = Callable[..., Candidate]
 MakeMeasurement = Callable[..., Measurement]

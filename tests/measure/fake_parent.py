@@ -11,11 +11,11 @@ import numpy as np
 
 from deploykit.measure import feeds
 from deploykit.measure.child import Child, ChildError
+from deploykit.measure.fake_worker import WORKER
 from deploykit.measure.protocol import Open, Opened, Time, Timed
 from deploykit.values import Artifact, SessionOptions, TensorSpec
 
 folder, busy = Path(sys.argv[1]), sys.argv[2] == "True"
-command = (sys.executable, "-P", str(Path(__file__).with_name("fake_worker.py")))
 feeds.write(folder / "pool.npz", [{"x": np.ones((1, 16), np.float32)}])
 spec = TensorSpec(name="x", dtype="float32", shape=(1, 16))
 artifact = Artifact(
@@ -25,7 +25,7 @@ request = Open(
     artifact=artifact, backend="fake:hang", options=SessionOptions(), affinity=(),
     feeds=folder / "pool.npz", outputs=folder / "before.npz",
 )  # fmt: skip
-with Child(command, folder, threads=1) as child:
+with Child(WORKER, folder, threads=1) as child:
     child.ask(request, Opened, 60)
     if busy:  # the twentieth call never ends
         with suppress(ChildError):

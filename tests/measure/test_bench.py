@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from deploykit.measure import (
     write_result,
 )
 from deploykit.measure.lane import Lane
+from deploykit.measure.statistics import throughput_together
 
 from .conftest import FAKE_WORKER, FAST
 
@@ -30,8 +32,10 @@ FATES = {
     "exit": "the process ended with exit code 3",
     "raise": "ArithmeticError: no luck",
     "missing": "fakert cannot run here: it is not installed",
+    "fallen": "asked for fake, ran 60% on cpu",
+    "halved": "the model is fp32, but no operator ran in it (ran: fp16 1)",
 }
-GOOD = ("steady", "rounded", "talk", "stall", "slow-load", "hungry")
+GOOD = ("steady", "rounded", "talk", "stall", "slow-load", "hungry", "leaning", "brain")
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +91,12 @@ def test_a_planted_difference_is_claimed_and_its_absence_is_not(result):
 def test_no_call_is_shorter_than_the_truth(result):
     for kind in GOOD:
         assert min(min(block) for block in result.of(kind, 1).blocks_ns) >= 200_000
+
+
+def test_what_a_runtime_did_with_part_of_the_work_is_told(result):
+    assert "leaning (batch 1): asked for fake, ran 20% on cpu" in result.notes
+    assert "brain (batch 1): the file is fp32, the runtime ran bf16 1" in result.notes
+    assert [k.provider for k in result.of("leaning", 1).kernels] == ["fake", "cpu"]
 
 
 def test_stalls_stay_in_the_raw_times(result):
@@ -170,7 +180,7 @@ def test_long_calls_shorten_the_run(fake, vectors):
     options = FAST.model_copy(update={"blocks": 60, "block_ms": 1})
     result = bench([fake("steady:12")], options, data=vectors, worker=FAKE_WORKER)
     assert len(result.of("steady", 1).blocks_ns) == 15
-    assert "15 blocks instead of 60: calls are long" in result.notes
+    assert "15 blocks a process instead of 60: calls are long" in result.notes
 
 
 def test_the_order_of_blocks_is_random_and_seeded(fake, vectors, monkeypatch):
@@ -226,3 +236,34 @@ def test_the_worker_leaves_stdin_and_stdout_to_nobody():
     command = [sys.executable, "-m", "deploykit.measure.worker"]
     ended = subprocess.run(command, input="", capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_instances_at_once_are_added_up_and_a_broken_engine_is_left_out(fake, vectors):
+    options = FAST.model_copy(update={"instances": (1, 2)})
+    result = bench([fake("steady:0.4"), fake("missing")], options, data=vectors, worker=FAKE_WORKER)
+    assert [(i.name, len(i.blocks_ns)) for i in result.instances] == [("steady", 1), ("steady", 2)]
+    one, two = result.instances
+    assert not one.shared
+    assert two.shared == (len(os.sched_getaffinity(0)) < 2)
+    assert all(len(blocks) == 15 for blocks in two.blocks_ns)
+    assert throughput_together(two).value <= 2 / 0.4e-3
+
+
+def test_several_processes_give_the_blocks_between_them(fake, vectors, started, monkeypatch):
+    monkeypatch.setattr("deploykit.measure.run.PATIENCE", 1e9)  # a busy machine decides nothing
+    options = FAST.model_copy(update={"processes": 3, "blocks": 16})
+    result = bench([fake("steady"), fake("crash")], options, data=vectors, worker=FAKE_WORKER)
+    steady = result.of("steady", 1)
+    assert steady.process_blocks == (6, 6, 6)
+    assert len(steady.blocks_ns) == 18
+    assert len(steady.loads_ns) == len(steady.first_runs_ns) == 3
+    assert "signal 11" in result.of("crash", 1).invalid
+    assert len(started) == 3 * 2 + 1  # what crashed is not started again
+
+
+def test_many_processes_end_early_where_loading_is_long(fake, vectors, monkeypatch):
+    monkeypatch.setattr("deploykit.measure.run.LONG", 0)
+    options = FAST.model_copy(update={"processes": 5})
+    result = bench([fake("steady")], options, data=vectors, worker=FAKE_WORKER)
+    assert result.of("steady", 1).process_blocks == (3, 3, 3)
+    assert "3 processes instead of 5: loading is long" in result.notes

@@ -71,7 +71,5 @@ def test_a_model_that_ran_in_another_precision_is_told(lane, monkeypatch):
     lane.before = [{"y": np.ones((1, 16))}]
     placement = Placement(provider="fake", precisions={"bf16": 7, "int8": 1})
     FakeChild.answers = [Finished(placement=placement, peak_rss_bytes=1)]
-    lane.finish()
-    assert lane.notes == [
-        "steady (batch 1): is fp32, but no operator ran in it (ran: bf16 7, int8 1)"
-    ]
+    lane.finish(account=True)
+    assert lane.notes == ["steady (batch 1): the file is fp32, the runtime ran bf16 7, int8 1"]

@@ -61,8 +61,9 @@ def test_what_is_given_takes_the_place_of_the_presets():
 @pytest.mark.parametrize(("preset", "seconds"), [("quick", 10), ("standard", 60), ("full", 600)])
 def test_a_preset_takes_about_the_time_it_says(preset, seconds):
     effort = PRESETS[preset]
-    timed = 3 * (effort.blocks * effort.block_ms * 1.1 + effort.warmup_ms) / 1e3
-    assert 0.5 * seconds < timed <= 1.05 * seconds
+    timed = effort.blocks * effort.block_ms * 1.1
+    around = effort.processes * (effort.warmup_ms + 800)  # a process that loads a small model
+    assert 0.5 * seconds < 3 * (timed + around) / 1e3 <= 1.25 * seconds
 
 
 def test_every_option_is_described_for_the_command_line():

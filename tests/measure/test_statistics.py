@@ -13,7 +13,7 @@ from deploykit.measure import (
     speedup,
     throughput,
 )
-from deploykit.measure.statistics import drift, minimum_samples
+from deploykit.measure.statistics import drift, holm, minimum_samples, percentile_bound_ms
 from deploykit.values import Interval, Measurement, Placement, SessionOptions
 
 
@@ -182,3 +182,58 @@ def test_noise_is_seldom_taken_for_drift():
         shared = 1 + (rng.random(50) < 0.4)  # a neighbour takes every other time slice
         assert drift(100 * noise) is None
         assert drift(100 * shared * noise**0.2) is None
+
+
+def grouped(rng: np.random.Generator, level_ns: float, processes: int = 8, blocks: int = 12):
+    """Processes whose levels differ by 3 % while the spread inside each is small."""
+    levels = np.repeat(0.03 * rng.standard_normal(processes), blocks)
+    blocks_ns = level_ns * np.exp(levels + 0.005 * rng.standard_normal(processes * blocks))
+    measurement = raw(np.repeat(blocks_ns[:, None], 5, axis=1))
+    return measurement.model_copy(update={"process_blocks": (blocks,) * processes})
+
+
+@pytest.mark.parametrize("processes", [3, 8])
+def test_the_spread_between_processes_is_in_the_interval(processes):
+    rng = np.random.default_rng(7)
+    covered = {True: 0, False: 0}
+    for _ in range(100):
+        pair = [grouped(rng, 1e6, processes) for _ in range(2)]
+        alone = [m.model_copy(update={"process_blocks": ()}) for m in pair]
+        for together, (one, other) in ((True, pair), (False, alone)):
+            found = speedup(one, other)
+            covered[together] += found.low <= 1 <= found.high
+    assert covered[True] >= 89  # 95 less three standard errors
+    assert covered[False] <= 70  # blocks alone take a process's own level for a difference
+
+
+def test_a_percentile_s_interval_has_the_spread_between_processes():
+    rng = np.random.default_rng(8)
+    found = percentile_interval_ms(grouped(rng, 1e6), 50)
+    assert found.high / found.low > 1.015
+
+
+def test_holm_is_the_textbook_s():
+    # Holm 1979: the smallest times 4, the next times 3 and so on, never falling.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_holm_keeps_the_order_and_never_lowers(p_values):
+    found = holm(p_values)
+    assert all(p <= q <= 1 for p, q in zip(p_values, found, strict=True))
+    order = sorted(range(len(found)), key=lambda i: p_values[i])
+    assert [found[i] for i in order] == sorted(found)
+
+
+def test_the_bound_of_a_percentile_is_not_above_it_too_often(measured):
+    rng = np.random.default_rng(9)
+    truth = float(np.exp(2.3263 * 0.1))  # p99 of a log-normal with sigma 0.1, in ms
+    above = 0
+    for _ in range(200):
+        calls = np.exp(0.1 * rng.standard_normal((15, 10))) * 1e6
+        above += percentile_bound_ms(measured(calls), 99) > truth
+    assert above <= 20
+    assert percentile_bound_ms(measured(np.arange(1, 301).reshape(15, 20) * 1e6), 50) == 136

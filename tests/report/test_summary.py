@@ -23,6 +23,7 @@ from deploykit.values import (
     Placement,
     Score,
     SessionOptions,
+    StageRecord,
     Verdict,
 )
 
@@ -129,9 +130,9 @@ def test_a_number_stands_before_its_interval(
 
 @pytest.mark.parametrize(
     ("number", "want"),
-    [(0, "0 kB"), (400, "0 kB"), (345_678, "346 kB"), (1_000_000, "1.0 MB"), (94e6, "94.0 MB")],
+    [(0, "0 B"), (400, "400 B"), (345_678, "346 kB"), (1_000_000, "1.0 MB"), (94e6, "94.0 MB")],
 )
-def test_sizes_are_told_in_kilobytes_and_megabytes(number: int, want: str) -> None:
+def test_sizes_are_told_in_bytes_kilobytes_and_megabytes(number: int, want: str) -> None:
     assert summary.size(number) == want
 
 
@@ -242,7 +243,7 @@ def test_the_verdict_to_ship_tells_both_gates() -> None:
     assert summary.verdict_text(found(row())) == (
         "Ship model.int8.onnx on ort-cpu, the recipe's target: "
         "top1 drop 0.0020 [-0.0080, 0.0120] (allowed 0.0050), "
-        "2.00x [1.99, 2.01] as fast as FP32 ONNX (needed above 1.10x: "
+        "2.00x [1.99, 2.01] as fast as FP32 ONNX there (needed above 1.10x: "
         "the larger of the recipe's limit and the noise floor)."
         " The gate holds on these 1000 samples; its interval reaches over the limit, about 1e+04 "
         "samples would settle it."
@@ -276,6 +277,14 @@ def test_the_notes_tell_batch_sizes_the_noise_and_a_quick_run() -> None:
 def table(text: str) -> list[list[str]]:
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def test_the_notes_name_what_a_speed_up_is_over_and_its_time() -> None:
+    base = row(name="model.fp32.onnx", backend="openvino", p50_ms=about(0.82))
+    names = {"vs PyTorch": "model @ pytorch", "vs FP32 ONNX": "model.fp32.onnx @ openvino"}
+    told = summary.notes(found(row(), base, baselines=names))
+    assert "vs FP32 ONNX: over model.fp32.onnx @ openvino, 0.820 [0.810, 0.830] ms. " in told
+    assert "vs PyTorch" not in told  # it has no time
 
 
 def test_the_markdown_table_has_one_line_a_row() -> None:
@@ -419,3 +428,59 @@ def test_an_interval_that_is_no_number_is_drawn_without_bars(tmp_path: Path) -> 
     run = found(row(score=nan, p50_ms=nan))
     assert Page(written(tmp_path, run)).count("svg") == 2
     assert summary.cells(run.rows[0])[3] == "0.9000"
+
+
+# what quantize made, in words
+
+
+def quantized(folder: Path, *, ratio: float = 0.5, **changes: Any) -> list[str]:
+    """The lines told of a quantized model, in one of which a promise was kept."""
+    path = folder / "m.onnx"
+    path.write_bytes(b"x" * 2000)
+    chosen = {
+        "name": "all-mse", "sqnr_db": 31.4, "score": 0.75, "drop": 0.002, "scored_samples": 100,
+        "time_ratio": ratio, "float_ms": 2.0, "ms": 2.0 * ratio, "timed_as": "all-mse",
+    }  # fmt: skip
+    facts = {
+        "candidate": "all-mse", "compute_nodes": 5, "compute_nodes_quantized": 4,
+        "multiply_accumulates": 100, "multiply_accumulates_quantized": 97, "warnings": ["a", "b"],
+    }  # fmt: skip
+    search = {
+        "runtime": "openvino", "held_back_samples": 8, "chosen": chosen, "float_score": 0.752,
+        "metric": "top1", "max_drop": 0.005, "timed_on_target": True,
+        "time_of": {"FakeQuantize": 0.7, "Convolution": 0.2},
+    }  # fmt: skip
+    record = StageRecord(
+        stage="quantize", options={}, facts={**facts, "search": search | changes}, inputs={},
+        versions={}, seconds=1, key="",
+    )  # fmt: skip
+    made = Artifact(
+        path=path, format="onnx", precision="int8", inputs=(), outputs=(), sha256="",
+        history=(record,),
+    )  # fmt: skip
+    return summary.describe(made).splitlines()
+
+
+def test_a_quantized_model_is_told_with_its_baseline_and_a_line_a_warning(tmp_path: Path) -> None:
+    first, *warnings = quantized(tmp_path)
+    assert first == (
+        "int8, 2 kB, 4 of 5 compute nodes quantized with 97% of the multiply-accumulates, all-mse, "
+        "31 dB to the float model on 8 samples, "
+        "top1 0.75, was 0.752: 0.002 lost of 0.005 allowed on 100 samples, "
+        "2.00x as fast as the float model on openvino (1 ms, was 2 ms, one thread)"
+    )
+    assert warnings == ["  warning: a", "  warning: b"]
+
+
+def test_what_is_not_faster_says_where_its_time_goes_and_what_to_do(tmp_path: Path) -> None:
+    first = quantized(tmp_path, ratio=1.25)[0]
+    assert first.endswith(
+        "NOT FASTER than the float model on openvino (2.5 ms, was 2 ms, one thread): its time goes "
+        "70% FakeQuantize, 20% Convolution; keep the float model there"
+    )
+
+
+def test_what_was_timed_elsewhere_has_no_speed_up(tmp_path: Path) -> None:
+    first = quantized(tmp_path, timed_on_target=False)[0]
+    assert first.endswith("not timed where it will run")
+    assert "as fast" not in first

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from deploykit import _files
+from deploykit import _files, _locks
 from deploykit.errors import InputError
 from deploykit.values import Json
 
@@ -26,12 +24,12 @@ def attached(config: Any, name: str | None) -> Iterator[Json]:
         yield {}
         return
     path, facts = Path(name), Json()
-    with _locked(path):
+    with _locks.alone(path):
         before = path.read_bytes() if path.exists() else b""
     _attach(config, before, path)
     yield facts
     ours = config.get_timing_cache()
-    with _locked(path):
+    with _locks.alone(path):
         now = path.read_bytes() if path.exists() else b""
         if now != before:
             theirs = config.create_timing_cache(now)
@@ -54,15 +52,3 @@ def _refused(path: Path) -> InputError:
         f"{path} is no timing cache of this TensorRT version and this GPU",
         hint="give another path, it is made if it is not there; one file a version and GPU",
     )
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Wait for other builds that read or write the same cache; the lock is a file beside it."""
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -14,12 +14,13 @@ from deploykit.dataset import Dataset
 from deploykit.environment import has_int8_dot_product, is_arm
 from deploykit.environment import read as read_environment
 from deploykit.errors import AnswerIsNo, InputError, UsageError, did_you_mean
+from deploykit.formats import onnx_file, onnx_weights
 from deploykit.formats.onnx_graph import Graph, matches
 from deploykit.stages.quantize import gain, guard, placement, sound
 from deploykit.stages.quantize.lab import Lab, Point, Talk, pareto
 from deploykit.stages.quantize.methods import EXACT, Method
 from deploykit.stages.quantize.options import QuantizeOptions
-from deploykit.stages.quantize.prepare import NOT_FOLDED
+from deploykit.stages.quantize.prepare import NOT_FOLDED, TOO_LARGE
 from deploykit.stages.quantize.presets import OPSETS, SCOPES, Preset, preset
 from deploykit.stages.quantize.promise import Promise
 from deploykit.stages.quantize.search import damage, search
@@ -80,14 +81,19 @@ def quantize(  # noqa: PLR0913 - what goes in, what comes out, how, and who list
     chosen = options.preset
 
     def work(path: Path) -> Made:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             order = _Order(source, options, bound, promise, talk or _silent)
             facts = _made(order, Path(folder), path)
+        weights = onnx_weights.files(onnx_file.shell(path))
+        kept = {path, *(path.with_name(name) for name in weights)}
+        for file in set(path.parent.iterdir()) - kept:  # the weights of what was broken
+            file.unlink()
         return Made(
             format="onnx",
             precision=chosen.precision,
             inputs=source.inputs,
             outputs=source.outputs,
+            weights=weights,
             facts={
                 **facts,
                 "calibration_data": Path(bound.reference).name,
@@ -99,7 +105,7 @@ def quantize(  # noqa: PLR0913 - what goes in, what comes out, how, and who list
     if promise:
         others["promise"] = promise.digest
     if options.chooses or promise:
-        machine = read_environment().model_dump(mode="json", exclude={"load_average"})
+        machine = read_environment().lasting()
         others["machine"] = store.digest_of(machine)  # what is chosen by timing is chosen for it
     job = Job(stage="quantize", source=source, options=options, others=others, libraries=LIBRARIES)
     return store.produce(job, work, out=out, force=force)
@@ -126,6 +132,7 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
     _check_op_types(options.op_types_to_quantize)
     evaluated = order.promise.data.matching(order.source.inputs) if order.promise else None
     guard.check_samples(order.data, evaluated)
+    guard.check_preprocessing(order.source.preprocessing, order.data)
     judged = (
         options.chooses or options.node_damage or order.promise or not options.preset.activation
     )
@@ -140,7 +147,7 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
         progress=lambda done, total: order.talk("calibrate", done, total),
     )
     warnings = guard.check_enough(shop.seen, rest) + guard.compared(order.data, evaluated)
-    warnings += [told for told in shop.told if told == NOT_FOLDED]
+    warnings += [told for told in shop.told if told in (NOT_FOLDED, TOO_LARGE)]
     candidates = _candidates(shop.graph, options, chooses=held is not None)
     found: Json = {}
     if held is None:
@@ -154,18 +161,25 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
         lab = Lab(shop, runtime, held, order.promise, folder, order.talk, simulated)
         chosen = options.chooses or order.promise
         try:
-            point = search(lab, candidates, options.tried_corrections if chosen else ())
-        except AnswerIsNo as no:  # the data may be why
-            raise AnswerIsNo(str(no), hint="; ".join([no.hint, *warnings])) from no
+            tried = options.tried_corrections if chosen and not shop.large else ()
+            point = search(lab, candidates, tried)
+        except AnswerIsNo as no:
+            no.facts |= _found(lab, None, {})
+            for warning in warnings:  # the data may be why
+                no.add_note(warning)
+            raise
         name, variant = point.name, point.variant
+        told = {"timed_on_target": not elsewhere, "time_of": {}}
+        if not elsewhere and (point.time_ratio or 0) >= 1:
+            told["time_of"] = lab.where_time_goes(point.artifact)
         if not order.promise and point.sqnr_db < FAITHFUL_DB:
             near = f"the outputs follow the float model's at {point.sqnr_db:.0f} dB only"
             warnings += [f"{near}: judge them by --max-drop on evaluation data"]
         if options.node_damage and not lab.damages:
             damage(lab, variant)
         probed = gain.probe(lab, point) if options.node_damage else {}
-        found, broken = {"search": _found(lab, point, probed)}, lab.broken
-        shutil.copyfile(point.artifact.path, out)  # what was judged, not made again
+        found, broken = {"search": _found(lab, point, probed) | told}, lab.broken
+        _publish(point.artifact, out)  # what was judged, not made again
     facts = shop.facts(variant, _why(shop.graph, options, candidates, variant) | broken)
     return {
         **facts,
@@ -177,8 +191,16 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
     }
 
 
+def _publish(artifact: Artifact, out: Path) -> None:
+    """Put a candidate where the result is to lie, its weights beside it."""
+    if artifact.weights:
+        onnx_weights.write(onnx_file.shell(artifact.path), out, folder=artifact.path.parent)
+    else:
+        shutil.copyfile(artifact.path, out)
+
+
 def _touched(facts: Json, options: QuantizeOptions) -> list[str]:
-    """A warning where little of the work is quantized, unasked.
+    """A warning where little of the work is quantized and that was not asked for.
 
     Raises AnswerIsNo: next to nothing is.
     """
@@ -190,12 +212,14 @@ def _touched(facts: Json, options: QuantizeOptions) -> list[str]:
         raise AnswerIsNo(
             f"{told} could be quantized",
             hint="the work of this model lies in operators that stay in float, such as LSTM",
+            facts=facts,
         )
-    return [f"{told}: quantized alone"] if done < total / 2 or 2 * inside > nodes else []
+    little = done < total / 2 or 2 * inside > nodes
+    return [f"{told}: quantized alone"] if little and not options.partial else []
 
 
-def _found(lab: Lab, point: Point, probed: Json) -> Json:
-    """The account of a search."""
+def _found(lab: Lab, point: Point | None, probed: Json) -> Json:
+    """The account of a search, and of the point it ended with if there is one."""
     totals = {name: value for name, value in probed.items() if not isinstance(value, dict)}
     return {
         "runtime": lab.backend,
@@ -206,7 +230,7 @@ def _found(lab: Lab, point: Point, probed: Json) -> Json:
         "float_score": lab.float_score and lab.float_score.score.value,
         "metric": lab.promise and lab.promise.metric,
         "max_drop": lab.promise and lab.float_score and lab.promise.limit(lab.float_score),
-        "chosen": point.told,
+        "chosen": point and point.told,
         "damage": gain.rows(lab, probed),
         "probe": totals or None,
     }
@@ -263,22 +287,15 @@ def _check_op_types(asked: tuple[str, ...]) -> None:
 
 def _runtime(options: QuantizeOptions) -> tuple[str, bool, list[str]]:
     """Where candidates run, whether it is simulated, and a warning where it is not the target."""
-    target = options.target
+    target, here = options.target, "candidates are chosen by their times on this CPU"
     if target == "tensorrt":
         why = "engines are built here, not run"
-        return (
-            "ort-cpu",
-            True,
-            [f"scores are simulated, times are of ort-cpu, not of {target}: {why}"],
-        )
-    elsewhere = [_OF_THIS_CPU] if options.processor == "arm" and not is_arm() else []
+        return "ort-cpu", True, [f"{why}: scores are simulated, {here}"]
+    elsewhere = [here] if options.processor == "arm" and not is_arm() else []
     if options.preset.weight_bits == 8 and not has_int8_dot_product():
         why = "this CPU sums 8-bit products in 16 bits, which overflow"
-        return "ort-cpu", True, [f"{why}: scores are simulated, {_OF_THIS_CPU}"]
+        return "ort-cpu", True, [f"{why}: scores are simulated, {here}"]
     if reason := backend(target).unavailable():
         elsewhere = [f"scores and times are of ort-cpu, not of {target}: {reason}"]
         return "ort-cpu", False, elsewhere
     return target, False, elsewhere
-
-
-_OF_THIS_CPU = "times are of this CPU"

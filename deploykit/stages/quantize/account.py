@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from deploykit.formats.onnx_graph import RECURRENT, Graph, multiply_accumulates, subgraph_nodes
+from deploykit.formats.onnx_graph import (
+    COMPUTE,
+    Graph,
+    multiply_accumulates,
+    subgraph_nodes,
+)
+from deploykit.formats.onnx_macs import RECURRENT
 from deploykit.stages.quantize.placement import Plan
-from deploykit.stages.quantize.presets import COMPUTE
 from deploykit.values import Json
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +11,15 @@ from deploykit._lazy import needs
 from deploykit.dataset import Dataset, padded
 from deploykit.environment import read as read_environment
 from deploykit.errors import InputError, UsageError
+from deploykit.formats import onnx_weights
+from deploykit.formats.onnx_graph import Graph, open_shapes
 from deploykit.stages.quantize.histogram import Histogram
 from deploykit.values import Array, Json, Value
 
 if TYPE_CHECKING:
     import onnx
 
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 Calibration = Mapping[str, Histogram]
 """Tensor name to what its values were."""
 
@@ -32,6 +34,7 @@ def observe(
     *,
     binned: bool = True,
     progress: Progress | None = None,
+    folder: Path | None = None,
 ) -> Calibration:
     """Histograms of the tensors over all samples; with `binned=False` their extremes only.
 
@@ -39,7 +42,7 @@ def observe(
     with its last sample), so the result depends neither on how the data comes in batches nor on its
     order, and the memory not on how much there is.
 
-    Raises InputError: a tensor takes NaN on the data.
+    `folder` is where the weights of a shell lie. Raises InputError: a tensor takes NaN on the data.
     """
     names = sorted(set(tensors))
     if not names:
@@ -57,7 +60,7 @@ def observe(
                     hint="check the preprocessing; the float model is broken on this data",
                 ) from error
 
-    for outputs, done in runs(model, names, data):
+    for outputs, done in runs(model, names, data, folder):
         count(outputs)
         if progress:
             progress(done, len(data))
@@ -65,14 +68,14 @@ def observe(
 
 
 def runs(
-    model: onnx.ModelProto, names: Sequence[str], data: Dataset
+    model: onnx.ModelProto, names: Sequence[str], data: Dataset, folder: Path | None = None
 ) -> Iterator[tuple[Mapping[str, Array], int]]:
     """The tensors for each sample (or fixed batch) in turn, and how many samples are done.
 
     Raises InputError: the model fails on a sample.
     """
     batch, done = _fixed_batch(model), 0
-    session = _session(model, list(names))
+    session = _session(model, list(names), folder)
     for feed, _ in data.batches(batch):
         padded_feed = {name: padded(array, batch) for name, array in feed.items()}
         try:
@@ -85,6 +88,18 @@ def runs(
             ) from error
         done += len(next(iter(feed.values())))
         yield dict(zip(names, outputs, strict=True)), done
+
+
+def sample_shapes(graph: Graph, data: Dataset) -> dict[str, tuple[int, ...]]:
+    """Shapes, on the first sample, of what the model leaves open around its compute nodes.
+
+    Raises InputError: the model fails on the sample.
+    """
+    names = sorted(open_shapes(graph))
+    if not names:
+        return {}
+    outputs, _ = next(runs(graph.model, names, data, graph.folder))
+    return {name: array.shape for name, array in outputs.items()}
 
 
 class _Kept(Value):
@@ -133,7 +148,7 @@ def _fixed_batch(model: onnx.ModelProto) -> int:
     return 1
 
 
-def _session(model: onnx.ModelProto, names: list[str]) -> Any:
+def _session(model: onnx.ModelProto, names: list[str], weights: Path | None) -> Any:
     """A session that returns these tensors, loaded from a file: no second copy in memory."""
     with needs("onnxruntime"):
         import onnxruntime as ort
@@ -148,8 +163,13 @@ def _session(model: onnx.ModelProto, names: list[str]) -> Any:
         model.graph.output.extend(
             onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names
         )
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "observed.onnx"
+        if weights and onnx_weights.files(model):
+            settings.add_session_config_entry(WEIGHTS_FOLDER, str(weights))
+            return ort.InferenceSession(
+                model.SerializeToString(), settings, providers=["CPUExecutionProvider"]
+            )
+        with _files.scratch() as folder:
+            path = folder / "observed.onnx"
             onnx.save(model, path)
             return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     finally:

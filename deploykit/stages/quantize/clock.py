@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-from deploykit.formats import onnx_file
-from deploykit.formats.onnx_graph import Graph
+from deploykit.formats import onnx_file, onnx_weights
+from deploykit.formats.onnx_graph import COMPUTE, Graph
+from deploykit.stages.quantize.lab import RUNS, Lab
 from deploykit.stages.quantize.placement import FUSED
-from deploykit.stages.quantize.presets import COMPUTE
 from deploykit.values import Artifact, Kernel
-
-if TYPE_CHECKING:
-    from deploykit.stages.quantize.lab import Lab
-
-
-RUNS = 20
-"""Runs under the runtime's profiler."""
 
 
 def times(lab: Lab, artifact: Artifact) -> tuple[dict[str, float], float | None]:
     """Microseconds of each node that has a time of its own, and of all kernels together."""
     lab.talk("time of each node", 0, 1)
     kernels = lab.kernels(artifact, RUNS)
-    found = node_times(Graph(onnx_file.read(artifact.path)), kernels)
+    found = node_times(Graph(onnx_file.shell(artifact.path)), kernels)
     total = round(sum(kernel.microseconds for kernel in kernels), 1) if kernels else None
     return {name: round(time, 1) for name, time in found.items()}, total
 
@@ -33,7 +25,9 @@ def times_of_float(lab: Lab) -> tuple[dict[str, float], float | None]:
     import onnx
 
     path = lab.folder / "float.onnx"
-    onnx.save(lab.shop.graph.model, path)
+    graph = lab.shop.graph
+    onnx_weights.lend(onnx_weights.files(graph.model), graph.folder, path.parent)
+    onnx.save(graph.model, path)
     return times(lab, lab.shop.source.model_copy(update={"path": path}))
 
 

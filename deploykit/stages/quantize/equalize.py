@@ -9,12 +9,13 @@ of its own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from deploykit.formats.onnx_graph import (
+    COMPUTE,
     Graph,
     channel_axis,
     groups_of,
@@ -22,7 +23,6 @@ from deploykit.formats.onnx_graph import (
     with_constants,
 )
 from deploykit.stages.quantize.channels import Channels
-from deploykit.stages.quantize.presets import COMPUTE
 from deploykit.values import Array
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ HOMOGENEOUS = frozenset({"Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalA
 """f(x / s) = f(x) / s for s > 0, channel by channel."""
 SWEEPS = 3
 """Over all pairs of layers: each changes its neighbours."""
-STRENGTH = 0.5
-"""SmoothQuant's alpha: the share of an activation's range that moves to the weights."""
 MOST = 100.0
 """No scale is further than this from the middle one: channels that are dead stay harmless."""
 
@@ -59,9 +57,10 @@ def cross_layer(graph: Graph) -> Graph | None:
     return edit.done()
 
 
-def smooth(graph: Graph, channels: Mapping[str, Channels]) -> Graph | None:
+def smooth(graph: Graph, channels: Mapping[str, Channels], strength: float = 0.5) -> Graph | None:
     """Move outlier channels of activations, by the node that reads them, into its weights.
 
+    `strength` is alpha, the share of an activation's range that moves:
     s = max|x| ** alpha / max|w| ** (1 - alpha): Xiao et al. 2023, "SmoothQuant", equation 4. None
     where no activation takes it.
     """
@@ -69,7 +68,7 @@ def smooth(graph: Graph, channels: Mapping[str, Channels]) -> Graph | None:
     for reading in _readings(graph):
         if reading.places or reading.product:
             seen, weights = channels[reading.nodes[0].name].largest, edit.reading(reading)
-            edit.move(reading, seen**STRENGTH / np.maximum(weights, 1e-12) ** (1 - STRENGTH))
+            edit.move(reading, seen**strength / np.maximum(weights, 1e-12) ** (1 - strength))
     return edit.done()
 
 
@@ -234,13 +233,15 @@ class _Edit:
         if not self.moved:
             return None
         graph = with_constants(self.graph, {key: self.values[key] for key in self.moved})
+        shapes = dict(graph.shapes)
         for tensor, (reading, scale) in self.divided.items():
-            _insert(Graph(graph.model), tensor, reading, scale)
-        return Graph(graph.model)
+            result = _insert(Graph(graph.model), tensor, reading, scale)
+            shapes |= {result: shapes[tensor]} if tensor in shapes else {}
+        return replace(graph, shapes=shapes)
 
 
-def _insert(graph: Graph, tensor: str, reading: _Reading, scale: Array) -> None:
-    """Divide the activation by a Mul before the nodes that read it, in place."""
+def _insert(graph: Graph, tensor: str, reading: _Reading, scale: Array) -> str:
+    """Divide the activation by a Mul before the nodes that read it, in place; what it is then."""
     import onnx
 
     model, tag = graph.model, ""
@@ -258,3 +259,4 @@ def _insert(graph: Graph, tensor: str, reading: _Reading, scale: Array) -> None:
     values = (*model.graph.value_info, *model.graph.input, *model.graph.output)
     known = next(value for value in values if value.name == tensor)  # `weighed` asks for it
     model.graph.value_info.add(name=result, type=known.type)
+    return result

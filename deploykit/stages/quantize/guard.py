@@ -11,7 +11,7 @@ from deploykit.dataset import Dataset
 from deploykit.errors import InputError
 from deploykit.stages.quantize.calibration import Calibration
 from deploykit.stages.quantize.histogram import Histogram
-from deploykit.values import Array, TensorSpec
+from deploykit.values import Array, Preprocessing, TensorSpec
 
 MOST_SHARED = 0.01
 """Share of samples that may be equal to others; public data sets hold a few duplicates."""
@@ -94,9 +94,17 @@ def relative_error(seen: Histogram) -> float | None:
 
 
 def compared(data: Dataset, evaluated: Dataset | None) -> list[str]:
-    """Warnings for inputs that look unlike the evaluation data's: other preprocessing?"""
+    """Warnings for inputs that look unlike the evaluation data's: other preprocessing?
+
+    Where there is none to compare with, for inputs that look like pixels as they were stored.
+    """
     if evaluated is None:
-        return []
+        return [
+            f"input {name!r} is pixels as stored, whole numbers up to {array.max():.0f}: is that "
+            "what the model takes? A score on evaluation data (--max-drop) would tell"
+            for name, array in _floats(data).items()
+            if _stored_pixels(array)
+        ]
     ours, theirs = _moments(data), _moments(evaluated)
     return [
         f"input {name!r} has mean {ours[name][0]:.3g} and spread {ours[name][1]:.3g}, in the "
@@ -106,10 +114,30 @@ def compared(data: Dataset, evaluated: Dataset | None) -> list[str]:
     ]
 
 
-def _moments(data: Dataset) -> dict[str, tuple[float, float]]:
+def check_preprocessing(known: Preprocessing | None, data: Dataset) -> None:
+    """Raises InputError: the images are not made into arrays as the model's record says."""
+    if known and data.preprocessing and known != data.preprocessing:
+        raise InputError(
+            f"{data.reference} is preprocessed as {data.preprocessing}, and the model was made "
+            f"with {known}",
+            hint="give the data the preprocessing.toml of the model",
+        )
+
+
+def _floats(data: Dataset) -> dict[str, Array]:
+    """The first COMPARED samples of each float input."""
     feed, _ = next(data.first(COMPARED).batches(COMPARED))
-    floats: dict[str, Array] = {n: a for n, a in feed.items() if a.dtype.kind == "f"}
-    return {n: (float(np.mean(a)), float(np.std(a))) for n, a in floats.items()}
+    return {name: array for name, array in feed.items() if array.dtype.kind == "f"}
+
+
+def _stored_pixels(array: Array) -> bool:
+    """Whether these are images of three or four axes with values 0 to 255, none between."""
+    whole = array.ndim >= 3 and array.size and (array == np.rint(array)).all()
+    return bool(whole and array.min() >= 0 and 100 < array.max() <= 255)
+
+
+def _moments(data: Dataset) -> dict[str, tuple[float, float]]:
+    return {name: (float(np.mean(a)), float(np.std(a))) for name, a in _floats(data).items()}
 
 
 def _unlike(one: tuple[float, float], other: tuple[float, float]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,9 @@ from deploykit.values import (
 ROUNDS, SECONDS = (21, 500), 1.0
 """Fewest and most interleaved timings of each candidate, and how long they may take together."""
 
+RUNS = 20
+"""Runs under the runtime's profiler."""
+
 Talk = Callable[[str, int, int], None]
 """Told what goes on, how many parts are done, and of how many."""
 
@@ -53,6 +57,8 @@ class Point:
     """Those of the evaluation data, or a part of them that left no doubt."""
     time_ratio: float | None = None
     """Time over the float model's on the same runtime, one sample, one thread."""
+    times_ms: tuple[float, float] | None = None
+    """Median times of the float model and of this, interleaved with one another."""
     timed_as: str | None = None
     """The candidate that was timed: itself, or the one with the same nodes and other ranges."""
 
@@ -66,8 +72,10 @@ class Point:
             "drop": self.drop and self.drop.value,
             "scored_samples": self.scored_samples,
             "time_ratio": self.time_ratio and round(self.time_ratio, 3),
+            "float_ms": self.times_ms and round(self.times_ms[0], 4),
+            "ms": self.times_ms and round(self.times_ms[1], 4),
             "timed_as": self.timed_as,
-            "size_bytes": self.artifact.path.stat().st_size,
+            "size_bytes": sum(p.stat().st_size for p in self.artifact.files),
         }
 
 
@@ -150,6 +158,14 @@ class Lab:
         with self._open(artifact, 1) as session:
             return session.kernels(self._feed(), runs)
 
+    def where_time_goes(self, artifact: Artifact) -> dict[str, float]:
+        """The three operators that take most, as the runtime calls them: shares of the time."""
+        times: dict[str, float] = defaultdict(float)
+        for kernel in self.kernels(artifact, RUNS):
+            times[kernel.operator] += kernel.microseconds
+        most = sorted(times, key=lambda name: -times[name])[:3]
+        return {name: round(times[name] / math.fsum(times.values()), 3) for name in most}
+
     def _feed(self) -> Feed:
         """What is timed: one sample, or as many as the model wants."""
         size = _batch(self.shop.source)
@@ -183,7 +199,12 @@ class Lab:
         return point
 
     def timed(self, points: Sequence[Point]) -> list[Point]:
-        """The points with their times over the float model's, all interleaved, one thread."""
+        """The points with their times over the float model's, interleaved, one thread.
+
+        All together, but large ones each alone with the float model.
+        """
+        if self.shop.large and len(points) > 1:
+            return [each for point in points for each in self.timed([point])]
         feed = self._feed()
         artifacts = [self.shop.source, *(point.artifact for point in points)]
         sessions = [self._open(artifact, 1) for artifact in artifacts]
@@ -202,9 +223,10 @@ class Lab:
                 calls[number]()
                 row[number] = time.perf_counter() - started
         ratios = np.exp(np.median(np.log(times / times[:, :1]), axis=0))
+        plain, *each = (1e3 * np.median(times, axis=0)).tolist()
         return [
-            self.know(replace(point, time_ratio=float(ratio), timed_as=point.name))
-            for point, ratio in zip(points, ratios[1:], strict=True)
+            self.know(replace(point, time_ratio=ratio, times_ms=(plain, ms), timed_as=point.name))
+            for point, ratio, ms in zip(points, ratios[1:].tolist(), each, strict=True)
         ]
 
     def scored(self, point: Point) -> Point:

@@ -38,12 +38,15 @@ class QuantizeOptions(Value):
         default=(), description="operator types to quantize, in place of a scope"
     )
     nodes_to_quantize: tuple[str, ...] = Field(
-        default=(), description="patterns of nodes or modules to quantize; by default all in scope"
+        default=(),
+        description="nodes or modules to quantize, by default all in scope: names, or patterns as "
+        "in a shell ('encoder.layer.0.*')",
     )
     keep_float: tuple[str, ...] = Field(
         default=(),
         validation_alias=AliasChoices("keep_float", "nodes_to_exclude"),
-        description="patterns of nodes or modules to leave in float",
+        description="nodes or modules to leave in float: names, or patterns as in a shell "
+        "('encoder.layer.0.*', '*Softmax*'); whole types: --op-types-to-quantize",
     )
     calibration_method: Method | Literal["auto"] = Field(
         default="auto",
@@ -59,8 +62,9 @@ class QuantizeOptions(Value):
     corrections: tuple[Correction | Literal["auto", "none"], ...] = Field(
         default=("auto",),
         description="what may make up for the rounding, each kept only where it helps on data held "
-        "back: cross_layer_equalization, smooth_quant, adaptive_rounding, bias_correction; auto: "
-        "all of them where something else is chosen by measurement too; or none",
+        "back: cross_layer_equalization, smooth_quant (or _strong), adaptive_rounding, "
+        "bias_correction; auto: all of them where something else is chosen by measurement too; or "
+        "none",
     )
     node_damage: bool = Field(
         default=False,

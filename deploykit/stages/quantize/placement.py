@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deploykit.errors import UsageError, did_you_mean
-from deploykit.formats.onnx_graph import Graph, channel_axis, groups_of, matches, modules
+from deploykit.formats.onnx_graph import COMPUTE, Graph, channel_axis, groups_of, matches, modules
 from deploykit.stages.quantize import blocks, tables
-from deploykit.stages.quantize.presets import COMPUTE, TABLES, Preset
+from deploykit.stages.quantize.presets import TABLES, Preset
 
 if TYPE_CHECKING:
     import onnx

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deploykit import _files
 from deploykit._lazy import needs
-from deploykit.formats import onnx_file, onnx_lift
+from deploykit.formats import onnx_file, onnx_lift, onnx_weights
 from deploykit.formats.onnx_graph import drop_unused, name_nodes, subgraph_nodes
 
 if TYPE_CHECKING:
@@ -19,29 +19,43 @@ if TYPE_CHECKING:
 
 NOT_FOLDED = "not folded: ONNX Runtime's pass fails on it"
 """Batch norms stay apart from their convolutions, constants are computed at each call."""
+TOO_LARGE = "not folded, and no correction tried: the weights are too large to be held twice"
 
 
 def prepare(path: Path, *, opset: int = 13) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     """The float graph with names on all nodes, and what was done to it, one sentence each.
 
     `opset` is the lowest that will do. Raises InputError: not a sound ONNX file, or one that cannot
-    be lifted.
+    be lifted. One that is too large for one file stays a shell of weights that lie beside `path`.
     """
     import onnx
 
-    model = onnx_file.read(path)
+    model = onnx_file.shell(path)
+    if onnx_weights.total_bytes(model) > onnx_weights.LARGEST:
+        return _large(model, opset, path)
+    onnx_weights.load(model, path.parent)
     model, told = onnx_lift.lift(model, opset, path)
     if count := _affine(model):
         told.append(f"{count} Sub and Div by a constant written as Add and Mul")
-    with tempfile.TemporaryDirectory() as folder:
+    with _files.scratch() as folder:
         source = path
         if told:
-            source = Path(folder) / "changed.onnx"
+            source = folder / "changed.onnx"
             onnx.save(model, source)
         del model
-        prepared, way = _folded(source, Path(folder) / "prepared.onnx")
+        prepared, way = _folded(source, folder / "prepared.onnx")
     name_nodes(prepared)
     return prepared, (*told, way)
+
+
+def _large(
+    model: onnx.ModelProto, opset: int, path: Path
+) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """As `prepare`, with the weights left in their files and nothing folded."""
+    model, told = onnx_lift.lift(model, opset, path)
+    model, who = onnx_lift.infer(model)
+    name_nodes(model)
+    return model, (*told, who, TOO_LARGE)
 
 
 def _affine(model: onnx.ModelProto) -> int:

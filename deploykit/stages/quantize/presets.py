@@ -6,6 +6,7 @@ from typing import Literal
 
 from deploykit.environment import has_int8_dot_product
 from deploykit.errors import UsageError
+from deploykit.formats.onnx_graph import COMPUTE
 from deploykit.stages.quantize.blocks import BLOCK, LARGE
 from deploykit.stages.quantize.levels import FP8, INT4, INT7, INT8, UINT8, Levels
 from deploykit.stages.quantize.methods import METHODS, Method
@@ -16,8 +17,6 @@ Scope = Literal["compute", "residual", "all"]
 Quantized = Literal["int8", "fp8", "int4"]
 """Precisions that a model can be quantized to."""
 
-COMPUTE = ("Conv", "ConvTranspose", "MatMul", "Gemm")
-"""Operators that hold nearly all multiply-accumulates."""
 JOINS = ("Add", "Concat", "AveragePool", "GlobalAveragePool")
 """What lies between them in residual networks."""
 FUNCTIONS = ("Mul", "Sigmoid", "LeakyRelu", "Softmax")

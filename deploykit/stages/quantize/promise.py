@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deploykit.dataset import Dataset, picked
+from deploykit.errors import UsageError
 from deploykit.evaluation import Outputs, collect, evaluate, metric_identity, score
-from deploykit.metrics import METRICS
+from deploykit.metrics import METRICS, UP_TO_ONE
 from deploykit.session import Session
 from deploykit.store import digest_of
 from deploykit.values import Score
@@ -27,6 +28,15 @@ class Promise:
     max_drop: float
     relative: bool = False
     """`max_drop` is a share of the float model's score, not units of the metric."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError: a drop that allows everything."""
+        if self.max_drop >= 1 and (self.relative or self.metric in UP_TO_ONE):
+            raise UsageError(
+                f"a drop of {self.max_drop:.3g}{' times the score' * self.relative} allows any "
+                f"{self.metric}: there is no more to lose",
+                hint="write 0.005 for half a point of a score from 0 to 1, or 1% of the score",
+            )
 
     @property
     def digest(self) -> str:

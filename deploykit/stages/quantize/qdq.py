@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploykit.formats.onnx_graph import Graph, subgraph_nodes
+from deploykit.formats.onnx_graph import COMPUTE, Graph, subgraph_nodes
 from deploykit.stages.quantize import blocks, tables
 from deploykit.stages.quantize.levels import Grid, Levels
 from deploykit.stages.quantize.placement import Plan
-from deploykit.stages.quantize.presets import COMPUTE, Preset
+from deploykit.stages.quantize.presets import Preset
 from deploykit.values import Array
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from deploykit.errors import AnswerIsNo, InputError
 from deploykit.formats.onnx_graph import multiply_accumulates
 from deploykit.stages.quantize import clock
 from deploykit.stages.quantize.lab import Damage, Lab, Point, pareto
-from deploykit.stages.quantize.workshop import Correction, Variant
+from deploykit.stages.quantize.workshop import STRENGTHS, Correction, Variant
 
 NEAR_DB, LEAST_DB = 1.0, 0.2
 SAME_TIME = 0.03
@@ -64,13 +64,17 @@ def _by_speed(lab: Lab, points: Sequence[Point]) -> list[list[Point]]:
     lab.talk("time the candidates", 0, 1)
     timed = lab.timed([group[0] for group in groups.values()])
     result = [
-        [
-            lab.know(replace(point, time_ratio=first.time_ratio, timed_as=first.name))
-            for point in group
-        ]
+        [lab.know(_timed_as(point, first)) for point in group]
         for first, group in zip(timed, groups.values(), strict=True)
     ]
     return sorted(result, key=lambda group: group[0].time_ratio or 1.0)
+
+
+def _timed_as(point: Point, other: Point) -> Point:
+    """The point with the time of another, which has the same nodes."""
+    return replace(
+        point, time_ratio=other.time_ratio, times_ms=other.times_ms, timed_as=other.timed_as
+    )
 
 
 def _nearest(groups: Sequence[Sequence[Point]]) -> Point:
@@ -93,16 +97,16 @@ def _mended(lab: Lab, point: Point, corrections: Sequence[Correction]) -> Point:
         if lab.promise and lab.keeps(best):
             break
         lab.talk(f"try {correction}", 0, 1)
-        variant = replace(best.variant, corrections=(*best.variant.corrections, correction))
-        tried = lab.try_out(f"{best.name}+{correction}", variant)
+        variant = best.variant.with_correction(correction)
+        tried = lab.try_out("+".join([point.name, *variant.corrections]), variant)
         if tried is None:
             continue
-        tried = lab.know(replace(tried, time_ratio=best.time_ratio, timed_as=best.timed_as))
+        tried = lab.know(_timed_as(tried, best))
         if lab.promise:
             tried = lab.scored(tried)
         if not _helps(tried, best, LEAST_DB):
             continue
-        if correction == "smooth_quant":  # it may have put nodes of its own into the graph
+        if correction in STRENGTHS:  # it may have put nodes of its own into the graph
             before, tried = lab.timed([best, tried])
             if _clearly_faster(before, tried) and not _helps(tried, before, NEAR_DB):
                 continue
@@ -248,4 +252,5 @@ def _broken(lab: Lab) -> AnswerIsNo:
         f"{limit:.2g} of {lab.float_score.score.value:.4g}; the nearest is {nearest.name}, "
         f"which loses {nearest.drop.value:.2g}",
         hint=f"drop and time over float of what was tried: {seen}",
+        facts={"nearest": nearest.told},
     )

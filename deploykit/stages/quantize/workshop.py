@@ -14,18 +14,25 @@ from deploykit import store
 from deploykit.dataset import Dataset
 from deploykit.environment import versions
 from deploykit.errors import AnswerIsNo
-from deploykit.formats.onnx_graph import Graph
+from deploykit.formats import onnx_weights
+from deploykit.formats.onnx_graph import COMPUTE, Graph
 from deploykit.stages.quantize import blocks, guard, placement, qdq
 from deploykit.stages.quantize.account import account
 from deploykit.stages.quantize.bias import bias_corrected
-from deploykit.stages.quantize.calibration import Calibration, Progress, observe, remembered
+from deploykit.stages.quantize.calibration import (
+    Calibration,
+    Progress,
+    observe,
+    remembered,
+    sample_shapes,
+)
 from deploykit.stages.quantize.channels import Channels, observe_channels
 from deploykit.stages.quantize.equalize import cross_layer, smooth
 from deploykit.stages.quantize.levels import Grid
 from deploykit.stages.quantize.methods import EXACT, Method, Range, calibrate
 from deploykit.stages.quantize.placement import Plan
-from deploykit.stages.quantize.prepare import prepare
-from deploykit.stages.quantize.presets import COMPUTE, OPSETS, Preset
+from deploykit.stages.quantize.prepare import TOO_LARGE, prepare
+from deploykit.stages.quantize.presets import OPSETS, Preset
 from deploykit.stages.quantize.rounding import adaptive
 from deploykit.values import Array, Artifact, Json
 
@@ -37,13 +44,20 @@ HUGE = 1e4
 
 
 Correction = Literal[
-    "cross_layer_equalization", "smooth_quant", "bias_correction", "adaptive_rounding"
+    "cross_layer_equalization",
+    "smooth_quant",
+    "smooth_quant_strong",
+    "adaptive_rounding",
+    "bias_correction",
 ]
 CORRECTIONS: tuple[Correction, ...] = (
-    "cross_layer_equalization", "smooth_quant", "adaptive_rounding", "bias_correction",
+    "cross_layer_equalization", "smooth_quant", "smooth_quant_strong", "adaptive_rounding",
+    "bias_correction",
 )  # fmt: skip
-"""In the order in which they are tried: the first two make other weights, which the others mend."""
-EQUALIZATIONS: tuple[Correction, ...] = ("cross_layer_equalization", "smooth_quant")
+"""In the order in which they are tried: the first make other weights, which the last two mend."""
+STRENGTHS: dict[Correction, float] = {"smooth_quant": 0.5, "smooth_quant_strong": 0.7}
+"""How far outliers go from the activations over to the weights; one of the two is taken."""
+EQUALIZATIONS: tuple[Correction, ...] = ("cross_layer_equalization", *STRENGTHS)
 
 
 @dataclass(frozen=True)
@@ -54,6 +68,12 @@ class Variant:
     method: Method
     percentile: float = 99.99
     corrections: tuple[Correction, ...] = ()
+
+    def with_correction(self, name: Correction) -> Variant:
+        """This and one correction more; of two strengths of one, the new one."""
+        same = STRENGTHS if name in STRENGTHS else ()
+        kept = (c for c in self.corrections if c not in same)
+        return replace(self, corrections=(*kept, name))
 
 
 @dataclass
@@ -101,9 +121,13 @@ class Workshop:
             if not widest.nodes:
                 raise nothing(account(graph, widest, {}), chosen)
             tensors = widest.written | set(widest.read) or graph.ends & graph.floats
-            return observe(graph.model, tensors, data, binned=binned, progress=progress)
+            return observe(
+                graph.model, tensors, data,
+                binned=binned, progress=progress, folder=graph.folder,
+            )  # fmt: skip
 
-        graph = Graph(model)
+        graph = Graph(model, source.path.parent)
+        graph = replace(graph, shapes=sample_shapes(graph, data))
         identity = {
             "model": source.sha256,
             "data": data.digest,
@@ -130,7 +154,7 @@ class Workshop:
             if name == "cross_layer_equalization":
                 graph = cross_layer(self.graph)
             else:
-                graph = smooth(self.graph, self.channels)
+                graph = smooth(self.graph, self.channels, STRENGTHS[name])
             self.others[name] = (
                 replace(self, graph=graph, seen=self.look(graph), others={}, ranges={}, rounded={})
                 if graph
@@ -157,17 +181,23 @@ class Workshop:
 
         Raises AnswerIsNo: no compute node is in it; where it may be `bare` of those, no node.
         """
-        import onnx
-
         shop = self.corrected(variant)
         made = shop.plan(variant.nodes)
         if not any(bare or shop.graph.nodes[n].op_type in COMPUTE for n in made.nodes):
             raise nothing(account(shop.graph, made, {}), self.preset)
         model = shop.cut(made, variant)
-        onnx.save(model, path)
+        weights = onnx_weights.write(model, path, folder=shop.graph.folder)
         return self.source.model_copy(
-            update={"path": path, "precision": self.preset.precision, "sha256": "", "history": ()}
-        )
+            update={
+                "path": path, "precision": self.preset.precision, "weights": weights,
+                "sha256": "", "history": (),
+            }
+        )  # fmt: skip
+
+    @property
+    def large(self) -> bool:
+        """Whether the weights stay in their files: they are not held twice."""
+        return TOO_LARGE in self.told
 
     def cut(self, made: Plan, variant: Variant) -> onnx.ModelProto:
         """The quantized model of a plan on this graph."""
@@ -250,4 +280,5 @@ def nothing(facts: Json, preset: Preset) -> AnswerIsNo:
         hint="the work of this model lies in operators or subgraphs that stay in float"
         if preset.activation
         else f"weights are quantized to {preset.reason}",
+        facts=facts,
     )

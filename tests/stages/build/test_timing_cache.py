@@ -91,7 +91,7 @@ def test_many_builds_at_once_lose_nothing(tmp_path: Path) -> None:
     for build in builds:
         build.join()
     assert set(path.read_bytes().split()[1:]) == set(words)
-    assert {p.name for p in tmp_path.iterdir()} == {"t.cache", ".t.cache.lock"}
+    assert {p.name for p in tmp_path.iterdir()} == {"t.cache"}
 
 
 def test_it_waits_for_the_lock(tmp_path: Path) -> None:

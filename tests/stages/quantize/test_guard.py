@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from deploykit.dataset import Dataset, open_dataset
 from deploykit.errors import InputError
 from deploykit.stages.quantize import guard
 from deploykit.stages.quantize.histogram import Histogram
-from deploykit.values import Array
+from deploykit.values import Array, Preprocessing
 
 RNG = np.random.default_rng(0)
 
@@ -86,3 +87,37 @@ def test_other_preprocessing_than_the_evaluation_data_s_is_told(
     assert warning.startswith("input 'x' has mean")
     assert guard.compared(saved(tmp_path / "c.npz", values), alike) == []
     assert guard.compared(data, None) == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "values", "told"),
+    [
+        ((64, 3, 4, 4), RNG.integers(0, 256, 64 * 48), True),
+        ((64, 3, 4, 4), RNG.integers(0, 256, 64 * 48) / 255, False),
+        ((64, 3, 4, 4), RNG.integers(0, 256, 64 * 48) - 128, False),
+        ((64, 3, 4, 4), RNG.integers(0, 2, 64 * 48), False),  # a mask
+        ((64, 3, 4, 4), RNG.integers(0, 2000, 64 * 48), False),  # counts
+        ((64, 48), RNG.integers(0, 256, 64 * 48), False),  # no image
+    ],
+)
+def test_pixels_as_stored_are_told_where_nothing_else_can_tell(
+    shape: tuple[int, ...], values: Array, told: bool, tmp_path: Path
+) -> None:
+    data = saved(tmp_path / "a.npz", values.reshape(shape))
+    warnings = guard.compared(data, None)
+    assert [w.split(":")[0] for w in warnings] == told * [
+        f"input 'x' is pixels as stored, whole numbers up to {values.max()}"
+    ]
+    assert guard.compared(data, data) == []  # a score tells
+
+
+def test_data_that_is_preprocessed_unlike_the_model_is_refused(tmp_path: Path) -> None:
+    data = saved(tmp_path / "a.npz", RNG.standard_normal((4, 3)))
+    scaled = replace(data, preprocessing=Preprocessing(input="x", mean=(0.5,)))
+    for known, given in (
+        (None, data), (None, scaled), (scaled.preprocessing, data),
+        (scaled.preprocessing, scaled),
+    ):  # fmt: skip
+        guard.check_preprocessing(known, given)
+    with pytest.raises(InputError, match=r"preprocessed as .*0\.5.* was made with"):
+        guard.check_preprocessing(Preprocessing(input="x"), scaled)

@@ -328,7 +328,7 @@ def test_layers_go_back_to_float_where_a_promise_asks_for_it(
         )
         return made.facts
 
-    whole = keeping(1.0)
+    whole = keeping(0.99)
     assert whole["compute_nodes_quantized"] == 2
     part = keeping(whole["search"]["chosen"]["drop"] * 0.9)
     assert part["compute_nodes_quantized"] == 1
@@ -342,7 +342,7 @@ def test_4_bit_weights_build_for_old_and_new_gpus(perceptron: Artifact, tmp_path
     data = open_dataset(perceptron.path.parent / "calibration.npz")
     options = QuantizeOptions(target="tensorrt", precision="int4")
     made = quantize(perceptron, options, data=data, out=tmp_path / "q.onnx")
-    assert any("of ort-cpu, not of tensorrt" in warning for warning in made.facts["warnings"])
+    assert any("engines are built here, not run" in warning for warning in made.facts["warnings"])
     plan = BuildOptions(gpu=("sm80", "sm89"), opt_shapes=("x:4x672",))
     small = build(made, plan, out=tmp_path / "q.engine")
     assert small.precision == "int4"

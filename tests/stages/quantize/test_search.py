@@ -265,12 +265,16 @@ class fake_mending_lab(fake_lab):  # noqa: N801
 
     def timed(self, points: Sequence[Point]) -> list[Point]:
         ratios = [self.slow.get(p.name, 1.0) for p in points]
-        return [self.know(replace(p, time_ratio=r)) for p, r in zip(points, ratios, strict=True)]
+        return [
+            self.know(replace(p, time_ratio=r, timed_as=p.name))
+            for p, r in zip(points, ratios, strict=True)
+        ]
 
 
 FIRST: Correction = "cross_layer_equalization"
 SECOND: Correction = "bias_correction"
 SMOOTH: Correction = "smooth_quant"
+STRONG: Correction = "smooth_quant_strong"
 
 
 def mended(
@@ -319,6 +323,15 @@ def test_smoothing_that_slows_the_model_has_to_give_more(
     found, _ = mended({SMOOTH: 30 + gain_db}, SMOOTH, slow={SMOOTH: time_ratio})
     assert found.variant.corrections == ((SMOOTH,) if stays else ())
     assert found.time_ratio == (time_ratio if stays else 1)
+
+
+@pytest.mark.parametrize(("strong_db", "stays"), [(31.1, SMOOTH), (31.5, STRONG)])
+def test_the_second_strength_of_smoothing_takes_the_place_of_the_first(
+    strong_db: float, stays: Correction
+) -> None:
+    found, _ = mended({SMOOTH: 31, STRONG: strong_db}, SMOOTH, STRONG)
+    assert found.variant.corrections == (stays,)
+    assert found.name == f"x+{stays}"
 
 
 @pytest.mark.parametrize(
@@ -439,6 +452,9 @@ def test_a_promise_that_cannot_be_kept_is_a_no_with_what_was_tried(tmp_path: Pat
     hint = caught.value.hint
     assert "was tried: compute-minmax: drop " in hint
     assert f"{nearest}: drop " in hint
+    assert caught.value.facts["nearest"]["name"] == nearest
+    tried = {point["name"] for point in caught.value.facts["candidates"]}
+    assert {nearest, *caught.value.facts["pareto"]} <= tried
     assert not (tmp_path / "q.onnx").exists()
 
 
@@ -782,7 +798,7 @@ def test_a_no_tells_too_that_the_data_looks_unlike(tmp_path: Path) -> None:
     promise = Promise(open_dataset(tmp_path / "evaluation.npz"), "cosine", 0.0)
     with pytest.raises(AnswerIsNo) as caught:
         quantize(source, FIXED, data=data, out=tmp_path / "q.onnx", promise=promise)
-    assert "preprocessed alike?" in caught.value.hint
+    assert "preprocessed alike?" in "".join(caught.value.notes)
 
 
 LSTM_TEXT = """(float[N,12,16] x) => (float[N,2] y) {
@@ -806,7 +822,8 @@ def test_a_model_of_which_one_product_beside_an_lstm_is_quantized_is_a_no(tmp_pa
     assert not (tmp_path / "q.onnx").exists()
     asked = FIXED.model_copy(update={"op_types_to_quantize": ("Gemm",)})  # a part was asked for
     made = quantize(source, asked, data=data, out=tmp_path / "q.onnx")
-    assert any(f"128 of {work:,}" in warning for warning in made.facts["warnings"])
+    assert made.facts["multiply_accumulates_quantized"] == 128
+    assert not any("quantized alone" in warning for warning in made.facts["warnings"])
 
 
 @pytest.mark.parametrize("bad", [-3.4e38, -np.inf])
