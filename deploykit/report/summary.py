@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from pathlib import Path
 from typing import Literal
@@ -13,6 +12,7 @@ from deploykit import _files, _json, metrics
 from deploykit.environment import Environment
 from deploykit.measure import BenchResult, statistics
 from deploykit.report import html
+from deploykit.report.steps import step_by_step
 from deploykit.values import Artifact, Gate, Interval, Measurement, Score, Value, Verdict
 
 
@@ -197,7 +197,7 @@ def verdict_text(summary: RunSummary) -> str:
         f"{summary.metric} drop {interval(drop.value, 4)} (allowed {drop.limit:.4f}), "
         f"{interval(gain.value, 2, 'x')} as fast as FP32 ONNX there "
         f"(needed above {gain.limit:.2f}x: the larger of the recipe's limit and the noise floor)."
-        f"{_unsettled(drop, samples)}{_steps(summary)}{_elsewhere(summary)}"
+        f"{_unsettled(drop, samples)}{step_by_step(summary)}{_elsewhere(summary)}"
     )
 
 
@@ -212,24 +212,6 @@ def _unsettled(drop: Gate, samples: int) -> str:
         f" The gate holds on these {samples} samples; its interval reaches over the limit, about "
         f"{needed:.1g} samples would settle it."
     )
-
-
-def _steps(summary: RunSummary) -> str:
-    """What each step took of the score or gave back, from the model to what ships."""
-    family = (summary.verdict.ship or "").partition(".")[0]
-    scores: dict[str, float] = {}
-    for row in summary.rows:
-        begins, _, rest = row.name.partition(".")
-        on_the_way = begins == family or (family != "model" and not rest)
-        if on_the_way and (row.name not in scores or row.backend == summary.target):
-            scores[row.name] = row.score.value
-    if len(scores) < 3:
-        return ""
-    told = [
-        f"{name} {after - before:+.4f}"
-        for (_, before), (name, after) in itertools.pairwise(scores.items())
-    ]
-    return f" Step by step: {', '.join(told)}."
 
 
 def _elsewhere(summary: RunSummary) -> str:
