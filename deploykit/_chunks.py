@@ -46,6 +46,7 @@ def alike(chunks: Iterator[Chunk], reference: str) -> Iterator[Chunk]:
         if kinds != first:
             raise InputError(
                 f"{reference}: samples differ in names, dtypes or shapes: {first} and {kinds}",
-                hint="give every sample the same arrays of the same dtype and shape",
+                hint="give every sample the same arrays of the same dtype and shape: pad those of "
+                "another length as the model's users do, or keep one data set for each length",
             )
         yield chunk

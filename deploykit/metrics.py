@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -68,7 +69,9 @@ METRICS: dict[str, PerSample] = {
     "cosine": _cosine,
     "sqnr": _sqnr,
 }
-UP_TO_ONE = frozenset(METRICS) - {"sqnr"}
+LIKE_ITSELF = frozenset({"sqnr"})
+"""Metrics that are infinite for the float model, which is the reference itself."""
+UP_TO_ONE = frozenset(METRICS) - LIKE_ITSELF
 """Metrics that are 1 at best: a drop of 1 is all there is to lose."""
 NEED_TARGET = frozenset({"top1", "top5"})
 UserMetric = Callable[[Mapping[str, Array], Array | None, Mapping[str, Array] | None], float]
@@ -168,6 +171,18 @@ def drop(reference: Score, candidate: Score) -> Interval:
     value = a.value - b.value
     half = float(np.hypot(a.high - a.low, b.high - b.low) / 2)
     return Interval(value=value, low=value - half, high=value + half)
+
+
+def samples_to_settle(drop: Interval, limit: float, samples: int) -> float:
+    """About how many samples would bring the upper bound of a drop down to the limit.
+
+    The width goes with 1 / sqrt(n). `samples` where it is there already, infinite for a drop at the
+    limit or beyond it.
+    """
+    room, half = limit - drop.value, drop.high - drop.value
+    if drop.high <= limit:
+        return samples
+    return samples * (half / room) ** 2 if room > 0 else math.inf
 
 
 def least_drop(reference: Score, candidate: Score, *, confidence: float) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from deploykit import _files, _locks, backends, evaluation, metrics, store
+from deploykit import _files, _json, _locks, backends, evaluation, metrics, store
 from deploykit._code import load_function
 from deploykit.bundle import Bundle, PackagedModel, PackageOptions, inventory, manifest, package
 from deploykit.environment import read as read_environment
@@ -16,6 +16,7 @@ from deploykit.measure import BenchOptions, BenchResult, Candidate, bench, stati
 from deploykit.plan import FLOAT, MODEL, Step, data, plan
 from deploykit.recipe import Recipe
 from deploykit.report import summary
+from deploykit.report.made import describe
 from deploykit.report.summary import Row, RunSummary
 from deploykit.values import Artifact, Score, SessionOptions, Verdict, parse
 from deploykit.verdict import Contender, Limits, decide
@@ -139,7 +140,7 @@ def _make(run: Run, step: Step) -> None:
     artifact = step.make(run.artifacts, path, run.observer.progress)
     run.artifacts[step.name] = artifact
     cached = bool(artifact.history) and artifact.history[-1] == before
-    run.observer.done(summary.describe(artifact), cached=cached)
+    run.observer.done(describe(artifact), cached=cached)
     for backend in _backends_for(run, artifact):
         _score(run, step.name, backend)
 
@@ -322,7 +323,7 @@ def _package_options(run: Run, artifact: Artifact, memory: Path) -> PackageOptio
     if "threads" not in options.model_fields_set:
         options = options.model_copy(update={"threads": run.recipe.bench.threads})
     try:
-        last = parse(Bundle, store.read_json(memory).get("value"), str(memory))
+        last = parse(Bundle, _json.read(memory).get("value"), str(memory))
     except InputError:
         return options
     served = {entry.sha256 for entry in last.files if entry.role == "model"}

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from deploykit import _files, _interrupt, _locks
+from deploykit import _files, _interrupt, _json, _locks
 from deploykit.environment import versions
 from deploykit.errors import InputError, IntegrityError, UsageError
 from deploykit.values import (
@@ -188,7 +186,7 @@ def _waiting(path: Path) -> Artifact | None:
 def _weights_of(out: Path) -> tuple[str, ...]:
     """The files of weights that the model at `out` has by its record, if it has one."""
     try:
-        found = parse(Artifact, read_json(record_path(out)), str(out)).weights
+        found = parse(Artifact, _json.read(record_path(out)), str(out)).weights
     except InputError:
         return ()
     return tuple(name for name in found if Path(name).name == name)
@@ -226,7 +224,7 @@ def read(path: Path) -> Artifact | None:
 
 
 def _described(path: Path, record: Path) -> Artifact:
-    artifact = parse(Artifact, read_json(record), str(record))
+    artifact = parse(Artifact, _json.read(record), str(record))
     artifact = artifact.model_copy(update={"path": path})
     if digest(path, artifact.weights) != artifact.sha256:
         raise IntegrityError(
@@ -286,7 +284,7 @@ def remember(path: Path, key: str, kind: type[V], make: Callable[[], V]) -> tupl
     Returns the value and whether an earlier one was taken. A torn or foreign file is a miss.
     """
     try:
-        kept = read_json(path)
+        kept = _json.read(path)
         if kept.get("key") == key:
             return kind.model_validate(kept["value"]), True
     except (InputError, ValueError, KeyError):
@@ -295,38 +293,6 @@ def remember(path: Path, key: str, kind: type[V], make: Callable[[], V]) -> tupl
     plain = {"key": key, "value": value.model_dump(mode="json", by_alias=True)}
     _files.write_text(path, json.dumps(plain) + "\n")
     return value, False
-
-
-def json_text(plain: Any) -> str:
-    """Plain data as strict JSON for any reader: null for NaN and infinity, which JSON lacks."""
-    return json.dumps(_finite(plain), indent=1, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_json(path: Path) -> Json:
-    """Read a JSON object. Raises InputError: missing, not JSON, not an object."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON: {error}", hint="make it again") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: not a JSON object", hint="make it again")
-    return data
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> Json:
-    """A JSON object without repeated keys, for `json.loads`. Raises ValueError."""
-    for key, count in Counter(key for key, _ in pairs).items():
-        if count > 1:
-            raise ValueError(f"key {key!r} is given {count} times")
-    return dict(pairs)
 
 
 @cache

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from deploykit import _interrupt, environment, store
+from deploykit import _interrupt, _json, environment, store
 from deploykit.errors import InputError, IntegrityError, UsageError
 from deploykit.store import Job, Made
 from deploykit.values import Artifact, Interval, Preprocessing, Score, TensorSpec, Value
@@ -568,10 +568,10 @@ def test_two_processes_that_remember_give_a_whole_value(tmp_path: Path) -> None:
 def test_what_is_no_json_object_is_refused(tmp_path: Path, data: bytes, fact: str) -> None:
     path = tmp_path / "x.json"
     with refused(InputError, path, "No such file", hint="make it again"):
-        store.read_json(path)
+        _json.read(path)
     path.write_bytes(data)
     with refused(InputError, path, fact, hint="make it again"):
-        store.read_json(path)
+        _json.read(path)
 
 
 def test_an_interrupt_waits_until_a_model_has_its_record(

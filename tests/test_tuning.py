@@ -47,6 +47,7 @@ def test_what_was_measured_goes_into_the_server_s_configuration(
     linear: Artifact, tmp_path: Path, deploykit: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "SIZES", (1, 4))
+    monkeypatch.setattr(tuning, "_powers", lambda cores: [1])
     np.savez(tmp_path / "d.npz", x=np.random.default_rng(0).random((16, 3), np.float32))
     words = ("package", linear.path, "--data", tmp_path / "d.npz", "--backend", "ort-cpu")
     out = tmp_path / "bundle"
@@ -62,6 +63,7 @@ def test_what_was_measured_goes_into_the_server_s_configuration(
     assert f"count: {chosen['instances']}\n" in config
     assert f"max_queue_delay_microseconds: {document['queue_delay_us']}\n" in config
     assert f'string_value: "{chosen["threads"]}"' in config
+    monkeypatch.setattr(tuning, "SIZES", (1,))
     no = deploykit(*words, "-o", tmp_path / "no", "--layout", "triton", "--slo", "p99=1us")
     assert no.code == 7
     assert not (tmp_path / "no").exists()

@@ -17,11 +17,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deploykit import BuildOptions, QuantizeOptions, build, environment, open_dataset, open_model
+from deploykit import (
+    BuildOptions,
+    QuantizeOptions,
+    _json,
+    build,
+    environment,
+    open_dataset,
+    open_model,
+)
 from deploykit import quantize as quantize_stage
 from deploykit.dataset import Dataset
 from deploykit.errors import DeploykitError
-from deploykit.store import json_text
 from deploykit.values import Artifact
 
 GPUS = {"fp8": ("sm89", "sm120")}
@@ -112,7 +119,7 @@ def main() -> None:
         "engines": rows,
     }
     given.output.parent.mkdir(parents=True, exist_ok=True)
-    given.output.write_text(json_text(document))
+    given.output.write_text(_json.text(document))
 
 
 if __name__ == "__main__":

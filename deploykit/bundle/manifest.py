@@ -11,7 +11,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from deploykit import _files, store
+from deploykit import _files, _json
 from deploykit.environment import Environment
 from deploykit.errors import InputError, IntegrityError
 from deploykit.layouts import oci
@@ -173,7 +173,7 @@ def to_json(bundle: Bundle) -> str:
 def from_json(text: str | bytes, where: Path) -> Bundle:
     """Parse a manifest. Raises BundleError: torn, of another schema, unknown keys, bad paths."""
     try:
-        data = json.loads(text, object_pairs_hook=store.unique_keys)
+        data = json.loads(text, object_pairs_hook=_json.unique_keys)
     except (ValueError, RecursionError) as error:
         raise BundleError(where, [f"{MANIFEST} is not JSON: {error}"]) from error
     schema = data.get("schema") if isinstance(data, dict) else None

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from deploykit import _files, environment, store
+from deploykit import _files, _json, environment, store
 from deploykit.bundle import bom, golden, inventory, manifest
 from deploykit.bundle.manifest import Bundle, Engine, FileEntry, GoldenInputs, Role
 from deploykit.bundle.requirements import requirements
@@ -76,7 +76,7 @@ def package(
         golden.write_arrays(inner / golden.INPUTS, feed)
         engines = _engines(inner, members, options, feed, machine)
         if evidence is not None:
-            text = store.json_text(evidence)
+            text = _json.text(evidence)
             (inner / EVIDENCE).write_text(text, encoding="utf-8")
         created = datetime.now(UTC).isoformat(timespec="seconds")
         _write_bom(inner, options, created, members, engines)

@@ -13,8 +13,6 @@ after a kill the same bundle can be published again.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +21,15 @@ from pydantic import Field
 
 from deploykit import _files, _locks
 from deploykit import environment as environments
-from deploykit.bundle import golden, integrity, inventory, manifest, server, verification
+from deploykit.bundle import (
+    golden,
+    integrity,
+    inventory,
+    manifest,
+    server,
+    verification,
+    version_folder,
+)
 from deploykit.bundle.integrity import Whole
 from deploykit.bundle.manifest import MANIFEST, Bundle, Engine
 from deploykit.environment import Environment
@@ -150,7 +156,7 @@ def rollback(repository: Path, name: str, options: PublishOptions | None = None)
         raise UsageError(f"{repository} serves no model {name!r}", hint="give its folder's name")
     with _locks.held(folder):
         newest = served_versions(folder)[-1]
-        older = [v for v in _numbers(folder / BUNDLES) if v < newest]
+        older = [v for v in version_folder.numbers(folder / BUNDLES) if v < newest]
         if not older:
             raise UsageError(
                 f"{folder} has nothing before version {newest}", hint="publish another version"
@@ -236,8 +242,8 @@ def _switch(
     """
     config = folder / triton.CONFIG
     before = config.read_text(encoding="utf-8") if config.is_file() else None
-    text = _config(folder, whole, engine, versions, before)
-    _place(folder, whole, engine)
+    text = version_folder.config(folder, whole, engine, versions, before)
+    version_folder.place(folder, whole, engine)
     _files.write_text(config, text)
     if not options.url:
         return None
@@ -288,65 +294,3 @@ def _ignoring(work: Callable[[], None]) -> None:
         work()
     except DeploykitError:
         return
-
-
-def _config(
-    folder: Path, whole: Whole, engine: Engine, versions: tuple[int, ...], before: str | None
-) -> str:
-    """The bundle's configuration for this folder. Raises InputError: Triton would not load it."""
-    made_for = Path(str(engine.config)).parent
-    text = (whole.folder / str(engine.config)).read_text(encoding="utf-8")
-    config = triton.parse(text, made_for.name)
-    plans = dict(config.cc_model_filenames)
-    artifact = verification.artifact_of(whole, engine)
-    name, version = made_for.name, whole.bundle.version
-    triton.check(text, triton.served_as(artifact, engine.backend, name, (version,), plans))
-    text = triton.renamed(text, folder.name, versions, f"v{version}_")
-    if before is not None and len(versions) > 1:
-        _check_same_tensors(folder, triton.parse(before, folder.name), config)
-    return text
-
-
-def _check_same_tensors(folder: Path, old: object, new: object) -> None:
-    """One configuration describes all versions that are served together. Raises UsageError."""
-    for kind in ("input", "output"):
-        one, other = (
-            [(t.name, t.data_type, tuple(t.dims)) for t in getattr(config, kind)]
-            for config in (old, new)
-        )
-        if one != other:
-            raise UsageError(
-                f"{folder} serves versions with other {kind}s than this one",
-                hint="give it another --name, or publish with --keep 0",
-            )
-
-
-def _place(folder: Path, whole: Whole, engine: Engine) -> None:
-    """Link the files that Triton loads from the bundle into the version's folder."""
-    version, model = whole.bundle.version, whole.folder / engine.path
-    if not (folder / str(version)).exists():
-        with _files.staged(folder / str(version)) as out:
-            out.mkdir()
-            for name in _files.tree(model.parent):
-                (out / name).parent.mkdir(parents=True, exist_ok=True)
-                # weights that a file names are refused where they are hard links
-                put = _link if name == model.name else shutil.copyfile
-                put(model.parent / name, out / name)
-    warmup = model.parent.parent / triton.WARMUP
-    if warmup.is_dir():
-        (folder / triton.WARMUP).mkdir(exist_ok=True)
-        for file in warmup.iterdir():
-            target = folder / triton.WARMUP / f"v{version}_{file.name}"
-            with _files.staged(target) as out:
-                _link(file, out)
-
-
-def _link(source: Path, out: Path) -> None:
-    try:
-        os.link(source, out)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, out)
-
-
-def _numbers(folder: Path) -> list[int]:
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())

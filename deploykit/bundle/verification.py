@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from deploykit import _json
 from deploykit import environment as environments
-from deploykit import store
 from deploykit.backends import open_session
 from deploykit.bundle import golden, integrity, manifest
 from deploykit.bundle.golden import Agreement
@@ -215,7 +215,7 @@ def _recorded(whole: Whole, engine: Engine) -> Artifact:
     """The model by its record in the bundle. Raises IntegrityError: that is of another."""
     path = whole.folder / engine.record
     try:
-        record = parse(Artifact, store.read_json(path), str(path))
+        record = parse(Artifact, _json.read(path), str(path))
     except InputError as error:
         raise IntegrityError(str(error), hint=manifest.GET_AGAIN) from error
     digests = {entry.path: entry.sha256 for entry in whole.bundle.files}

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from deploykit import _files, store
+from deploykit import _files, _json
 from deploykit._code import beside, split_reference
 from deploykit._shapes import parse_inputs
 from deploykit.cli._errors import Shown
@@ -187,13 +187,13 @@ def show(value: Value | Json, text: str, *, as_json: bool, schema: str = "") -> 
     plain = value.model_dump(mode="json", by_alias=True) if isinstance(value, Value) else value
     document = plain if "schema" in plain else {"schema": schema, **plain}
     context = click.get_current_context()
-    click.echo(store.json_text(document), nl=False, file=context.meta[STDOUT])
+    click.echo(_json.text(document), nl=False, file=context.meta[STDOUT])
     context.ensure_object(Shown).document = True
 
 
 def made(artifact: Artifact, before: StageRecord | None, *, as_json: bool) -> None:
     """Print what a stage made, or kept if it is as it was `before`."""
-    from deploykit.report.summary import describe
+    from deploykit.report.made import describe
 
     first, *rest = describe(artifact).splitlines()
     kept = ", kept: made before of the same inputs, options and versions"

@@ -64,10 +64,10 @@ def _report(error: BaseException, *, document: bool) -> int:
         first, second = ("no", "see") if code == ANSWER_IS_NO else ("error", "fix")
         click.echo(f"{first:>5}: {_line(fact)}\n{second:>5}: {_line(hint)}", err=True)
     if fact and document:
-        from deploykit import store  # not for --help
+        from deploykit import _json  # not for --help
 
         told = {"exit_code": code, "error": fact, "fix": hint, "notes": notes, "facts": facts}
-        click.echo(store.json_text({"schema": "deploykit.error/1", **told}), nl=False)
+        click.echo(_json.text({"schema": "deploykit.error/1", **told}), nl=False)
     return code
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from deploykit import _files, backends, store
+from deploykit import _files, _json, backends
 from deploykit.bundle import (
     BundleError,
     PackagedModel,
@@ -118,7 +118,7 @@ def _told(tuned: Tuned) -> str:
 
 def _documents(paths: tuple[Path, ...]) -> list[Json]:
     """What was measured before. Raises InputError: one is not of deploykit."""
-    documents = [store.read_json(path) for path in paths]
+    documents = [_json.read(path) for path in paths]
     for path, document in zip(paths, documents, strict=True):
         if not str(document.get("schema")).startswith("deploykit."):
             raise InputError(
@@ -221,7 +221,7 @@ def _show_published(made: Published, *, as_json: bool) -> None:
 
 def _machine(path: Path) -> Environment:
     """The description of a machine, alone or in the document of `doctor`."""
-    told = store.read_json(path)
+    told = _json.read(path)
     return parse(Environment, told.get("environment", told), str(path))
 
 

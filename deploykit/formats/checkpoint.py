@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deploykit import store
+from deploykit import _json
 from deploykit._lazy import needs
 from deploykit.errors import InputError
 from deploykit.formats.onnx_check import KINDS
@@ -131,7 +131,7 @@ def _look(path: Path) -> None:
             hint="save it again",
         )
     try:
-        json.loads(header, object_pairs_hook=store.unique_keys)
+        json.loads(header, object_pairs_hook=_json.unique_keys)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a safetensors file: {error}", hint="save it again") from None
 

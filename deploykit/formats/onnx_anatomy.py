@@ -92,7 +92,7 @@ def anatomy(path: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> 
     model = onnx_file.shell(path)
     nodes = [*_all_nodes(model)]
     odd = tuple(native_nodes(model))
-    found = onnx_sizes.find(model, onnx_file.inputs(model), shapes or {}, path.parent, run=not odd)
+    found = onnx_sizes.find(model, onnx_file.inputs(model), shapes or {}, path, run=not odd)
     work, uncounted = _work(nodes, found)
     held = _weights(model)
     return Anatomy(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -22,6 +23,10 @@ TOO_MUCH = "a model should not take so much; do not load it if you do not trust 
 SECONDS = 900.0
 """After so long the child is killed; its limit of CPU time, which follows the size, ends it before
 that unless it sleeps."""
+BASE_BYTES, TIMES_SIZE = 3 << 30, 6
+"""Address space: what the libraries take, and so many times the model."""
+BASE_SECONDS, BYTES_A_SECOND = 60, 10_000_000
+"""CPU time."""
 COMMAND = (sys.executable, "-P", "-B", "-m", "deploykit.formats.onnx_child")
 KINDS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"version https://git-lfs", "a Git LFS pointer, not the model", "get it: git lfs pull"),
@@ -67,7 +72,7 @@ def check(path: Path, *, native: bool = False, command: Sequence[str] = COMMAND)
     words = [*command, str(path), *(["--native"] if native else [])]
     try:
         done = subprocess.run(
-            words, capture_output=True, timeout=SECONDS, env=_environment(), check=False
+            words, capture_output=True, timeout=SECONDS, env=environment(), check=False
         )
     except subprocess.TimeoutExpired as error:
         raise ResourceError(
@@ -100,8 +105,19 @@ def _ended(path: Path, done: subprocess.CompletedProcess[bytes]) -> InputError |
     return InputError(f"{path}: reading it ended with {how}{last}", hint=MAKE_AGAIN)
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """This process's, with its search path, one thread, and no session options out of a model."""
     path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
     rest = {k: v for k, v in os.environ.items() if k != "ORT_LOAD_CONFIG_FROM_MODEL"}
     return {**rest, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+def limit(size: int) -> None:
+    """Set this process's limits for a model of so many bytes."""
+    for kind, most in (
+        (resource.RLIMIT_AS, BASE_BYTES + TIMES_SIZE * size),
+        (resource.RLIMIT_CPU, BASE_SECONDS + size // BYTES_A_SECOND),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (most if hard < 0 else min(most, hard), hard))

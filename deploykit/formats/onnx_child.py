@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,16 +14,12 @@ from typing import TYPE_CHECKING
 
 from deploykit._lazy import installed
 from deploykit.errors import RESOURCE, DeploykitError, InputError, ResourceError
-from deploykit.formats import onnx_file, onnx_weights
+from deploykit.formats import onnx_check, onnx_file, onnx_weights
 from deploykit.formats.onnx_check import TOO_MUCH
 
 if TYPE_CHECKING:
     import onnx
 
-BASE_BYTES, TIMES_SIZE = 3 << 30, 6
-"""Address space: what the libraries take, and so many times the model."""
-BASE_SECONDS, BYTES_A_SECOND = 60, 10_000_000
-"""CPU time."""
 KNOWN_DOMAINS = frozenset({
     "", "ai.onnx", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview", "ai.onnx.preview.training",
     "com.microsoft", "com.microsoft.nchwc",
@@ -99,20 +94,9 @@ def _load(path: Path) -> None:
         ) from error
 
 
-def _limit(size: int) -> None:
-    """Set this process's limits for a model of so many bytes."""
-    for kind, most in (
-        (resource.RLIMIT_AS, BASE_BYTES + TIMES_SIZE * size),
-        (resource.RLIMIT_CPU, BASE_SECONDS + size // BYTES_A_SECOND),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        hard = resource.getrlimit(kind)[1]
-        resource.setrlimit(kind, (most if hard < 0 else min(most, hard), hard))
-
-
 def _told(path: Path, *, native: bool) -> dict[str, object]:
     try:
-        examine(path, native=native, allow=_limit)
+        examine(path, native=native, allow=onnx_check.limit)
     except DeploykitError as error:
         return {"fact": str(error), "hint": error.hint, "exit_code": error.exit_code}
     except MemoryError:
@@ -126,7 +110,7 @@ def main() -> None:
     answers = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no answer
     path = Path(sys.argv[1])
-    _limit(path.stat().st_size)
+    onnx_check.limit(path.stat().st_size)
     told = _told(path, native="--native" in sys.argv[2:])
     os.write(answers, json.dumps(told).encode() + b"\n")
     os._exit(0)  # a library may hang or crash on its way out

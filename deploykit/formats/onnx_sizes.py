@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +15,9 @@ import numpy as np
 
 from deploykit._lazy import installed
 from deploykit.errors import InputError
-from deploykit.formats import onnx_file, onnx_weights
+from deploykit.formats import onnx_check, onnx_file, onnx_weights
 from deploykit.formats.onnx_macs import COMPUTING, macs
-from deploykit.values import Array, TensorSpec
+from deploykit.values import Array, TensorSpec, Value
 
 if TYPE_CHECKING:
     import onnx
@@ -21,6 +25,9 @@ if TYPE_CHECKING:
 USUAL = ((224, 128), (48, 16), (32, 32), (640, 512))
 """Usual sizes of dynamic axes behind the first: of images (4 axes), and of all else. The first pair
 that the model runs at is taken."""
+SECONDS = 120.0
+"""After so long the run is given up."""
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 Sizes = dict[str, tuple[int, ...]]
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -80,19 +87,19 @@ def find(
     model: onnx.ModelProto,
     inputs: Sequence[TensorSpec],
     given: Shapes,
-    folder: Path,
+    path: Path,
     *,
     run: bool,
 ) -> Found:
     """The sizes at given input shapes; what they leave open is usual, see `input_shapes`.
 
     By onnx's inference; with `run`, where it leaves sizes open that the work depends on, by one run
-    in ONNX Runtime on ones. The model may be a shell of `folder`. Raises InputError: a shape does
-    not fit.
+    in ONNX Runtime on ones, in a process of its own with limits of memory and time: `path` is the
+    file. The model may be a shell. Raises InputError: a shape does not fit.
     """
     first: Found | None = None
     for usual in USUAL:
-        found = _infer(model, input_shapes(inputs, given, usual), folder, run=run)
+        found = _infer(model, input_shapes(inputs, given, usual), path, run=run)
         first = first or found
         if not found.problem:
             return found
@@ -100,7 +107,7 @@ def find(
     return first
 
 
-def _infer(model: onnx.ModelProto, shapes: Shapes, folder: Path, *, run: bool) -> Found:
+def _infer(model: onnx.ModelProto, shapes: Shapes, path: Path, *, run: bool) -> Found:
     import onnx
 
     fixed = _fixed(model, shapes)
@@ -115,12 +122,37 @@ def _infer(model: onnx.ModelProto, shapes: Shapes, folder: Path, *, run: bool) -
     if not run or not installed("onnxruntime"):
         why = "native code cannot be run here" if not run else "onnxruntime is not installed"
         return Found(shapes, sizes, types, "onnx", why)
-    try:
-        sizes |= _by_run(fixed, shapes, folder, wanted)
-    except Exception as error:  # noqa: BLE001 - it raises many kinds; what stays open is told
-        why = f"it does not run at these shapes: {onnx_file.line(error)}"
+    answer = _asked(Question(path=path, shapes=dict(shapes), wanted=tuple(wanted)))
+    if isinstance(answer, str):
+        why = f"it does not run at these shapes: {answer}"
         return Found(shapes, sizes, types, "onnx", why)
-    return Found(shapes, sizes, types, "onnx and one run on ones")
+    return Found(shapes, sizes | answer, types, "onnx and one run on ones")
+
+
+class Question(Value):
+    """What the child is asked."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    wanted: tuple[str, ...]
+
+
+def _asked(question: Question) -> Sizes | str:
+    """The sizes by a run in a child, or why there are none."""
+    words = [sys.executable, "-P", "-B", "-m", "deploykit.formats.onnx_sizes"]
+    try:
+        done = subprocess.run(
+            words, input=question.model_dump_json().encode(), capture_output=True,
+            timeout=SECONDS, env=onnx_check.environment(), check=False,
+        )  # fmt: skip
+        answer = json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        return f"no end within {SECONDS:.0f} s"
+    except (ValueError, IndexError):
+        return "the process that runs it died"
+    if isinstance(answer, str):
+        return answer
+    return {name: tuple(size) for name, size in answer.items()}
 
 
 def _fixed(model: onnx.ModelProto, shapes: Shapes) -> onnx.ModelProto:
@@ -177,34 +209,55 @@ def _wanted(model: onnx.ModelProto, sizes: Sizes) -> list[str]:
     return [name for name in dict.fromkeys(touched) if name and name not in sizes]
 
 
-def _by_run(model: onnx.ModelProto, shapes: Shapes, folder: Path, wanted: Sequence[str]) -> Sizes:
+def _by_run(question: Question) -> Sizes:
     """What one run with the graph's own `Shape` nodes tells of the tensors."""
     import onnx
     import onnxruntime as ort
 
-    asked = [f"{name}:size" for name in wanted]
+    model = _fixed(onnx.load(question.path, load_external_data=False), question.shapes)
+    onnx_check.limit(onnx_weights.total_bytes(model))
+    asked = [f"{name}:size" for name in question.wanted]
     del model.graph.output[:]
-    for name, size in zip(wanted, asked, strict=True):
+    for name, size in zip(question.wanted, asked, strict=True):
         model.graph.node.append(onnx.helper.make_node("Shape", [name], [size]))
         model.graph.output.append(
             onnx.helper.make_tensor_value_info(size, onnx.TensorProto.INT64, [None])
         )
     settings = ort.SessionOptions()
     settings.log_severity_level = 4
+    settings.add_session_config_entry("session.disable_prepacking", "1")
     if onnx_weights.files(model):
-        settings.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(folder)
-        )
+        folder = str(question.path.parent)
+        settings.add_session_config_entry(WEIGHTS_FOLDER, folder)
     session = ort.InferenceSession(
         model.SerializeToString(), settings, providers=["CPUExecutionProvider"]
     )
     kinds = {value.name: value.type for value in session.get_inputs()}
-    feed = {name: _ones(kinds[name], shape) for name, shape in shapes.items() if name in kinds}
+    given = question.shapes.items()
+    feed = {name: _ones(kinds[name], shape) for name, shape in given if name in kinds}
     found = session.run(asked, feed)
-    return {name: tuple(map(int, size)) for name, size in zip(wanted, found, strict=True)}
+    return {name: tuple(map(int, size)) for name, size in zip(question.wanted, found, strict=True)}
 
 
 def _ones(kind: str, shape: Sequence[int]) -> Array:
     name = kind.removeprefix("tensor(").removesuffix(")")
     dtype = {"float": "float32", "double": "float64"}.get(name, name)
     return np.ones(tuple(shape), np.dtype(dtype))
+
+
+def main() -> None:
+    """Answer the question on stdin with one JSON value: sizes by name, or what went wrong."""
+    answers = os.dup(1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    question = Question.model_validate_json(sys.stdin.read())
+    onnx_check.limit(question.path.stat().st_size)
+    try:
+        answer: Sizes | str = _by_run(question)
+    except Exception as error:  # noqa: BLE001 - it raises many kinds; this is the answer
+        answer = onnx_file.line(error)
+    os.write(answers, json.dumps(answer).encode() + b"\n")
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from deploykit import _json
 from deploykit._code import neighbours, split_reference
 from deploykit._lazy import needs
 from deploykit.errors import InputError, StageError
@@ -24,7 +25,6 @@ from deploykit.formats import program_file
 from deploykit.formats.checkpoint import LARGE, load_weights
 from deploykit.formats.torch_edits import Edits, replay, set_attributes
 from deploykit.formats.torch_module import call, construct, examples, output_tensors
-from deploykit.store import read_json
 from deploykit.values import Artifact, Dimension, Json, TensorSpec, Value, parse
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def describe(folder: Path) -> Description:
             f"{folder}: no torch artifact ({DESCRIPTION} is missing)",
             hint="give a folder that deploykit wrote, or file.py:factory",
         )
-    return parse(Description, read_json(path), str(path))
+    return parse(Description, _json.read(path), str(path))
 
 
 def load(artifact: Artifact) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field
 
-from deploykit import _files, store
+from deploykit import _files, _json
 from deploykit.environment import Environment
 from deploykit.errors import UsageError, did_you_mean
 from deploykit.measure.protocol import Scenario
@@ -246,4 +246,4 @@ def write_result(result: BenchResult, path: Path) -> None:
 
 def read_result(path: Path) -> BenchResult:
     """Read what `write_result` wrote. Raises InputError."""
-    return parse(BenchResult, store.read_json(path), str(path))
+    return parse(BenchResult, _json.read(path), str(path))

@@ -172,6 +172,8 @@ class _Run:
     def _play(self, entry: Candidate, measured: Measurement, pool: Path) -> None:
         """The scenarios of this batch size."""
         options = self._setup.options
+        if not (options.scenarios or options.slo):
+            return
         cores = host.choose_cores(min(options.threads + 1, len(host.usable_cores())))
         player = Player(entry, measured, replace(self._setup, affinity=cores), pool)
         for scenario in dict.fromkeys(options.scenarios):
@@ -189,7 +191,8 @@ class _Run:
         planned = len(self._entries) * (effort.blocks * effort.block_ms / 1e3 + effort.processes)
         began = monotonic()
         for number in range(effort.processes):
-            if number >= MIN_PROCESSES and monotonic() - began > LONG * planned:
+            enough = number >= MIN_PROCESSES and number * self._blocks >= MIN_BLOCKS
+            if enough and monotonic() - began > LONG * planned:
                 self._note(f"{number} processes instead of {effort.processes}: loading is long")
                 self._done += (effort.processes - number) * self._per_round
                 return

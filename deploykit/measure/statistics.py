@@ -143,23 +143,41 @@ def percentile_ms(measurement: Measurement, percent: float) -> float | None:
 
 
 def percentile_interval_ms(measurement: Measurement, percent: float) -> Interval | None:
-    """`percentile_ms` with its interval; None if the calls are too few to tell.
+    """`percentile_ms` with its interval; None if the calls are too few to tell."""
+    return percentile_intervals_ms(measurement, (percent,))[0]
+
+
+def percentile_intervals_ms(
+    measurement: Measurement, percents: Sequence[float]
+) -> tuple[Interval | None, ...]:
+    """Several percentiles with their intervals.
 
     Percentile bootstrap over processes, and over the blocks of each (Carlstein 1986: whole blocks
     keep what calls owe each other).
     """
-    value = percentile_ms(measurement, percent)
-    if value is None:
-        return None
-    blocks = _blocks(measurement)
-    rng, groups = np.random.default_rng(SEED), _processes(measurement)
-    found = []
-    for _ in range(QUANTILE_RESAMPLES):
+    bounds = np.quantile(_resampled_ms(measurement, percents), (0.025, 0.975), axis=0).T
+    return tuple(
+        value
+        if (value := percentile_ms(measurement, percent)) is None
+        else Interval(value=value, low=min(float(low), value), high=max(float(high), value))
+        for percent, (low, high) in zip(percents, bounds, strict=True)
+    )
+
+
+def _resampled_ms(measurement: Measurement, percents: Sequence[float]) -> Array:
+    """The percentiles of each resample, float64 [resamples, percents]."""
+    blocks, groups = _blocks(measurement), _processes(measurement)
+    calls, block_of = np.concatenate(blocks), np.repeat(range(len(blocks)), [*map(len, blocks)])
+    order = np.argsort(calls)
+    calls, block_of = calls[order], block_of[order]
+    shares, rng = np.array(percents) / 100, np.random.default_rng(SEED)
+    found = np.empty((QUANTILE_RESAMPLES, len(percents)))
+    for row in found:
         chosen = [groups[i] for i in rng.integers(len(groups), size=len(groups))]
-        picks = np.concatenate([rng.choice(group, len(group)) for group in chosen])
-        found.append(_nearest_rank_ms(np.concatenate([blocks[i] for i in picks]), percent))
-    low, high = np.quantile(found, (0.025, 0.975))
-    return Interval(value=value, low=min(float(low), value), high=max(float(high), value))
+        picks = np.concatenate([g[rng.integers(len(g), size=len(g))] for g in chosen])
+        copies = np.bincount(picks, minlength=len(blocks))[block_of].cumsum()
+        row[:] = calls[np.searchsorted(copies, np.ceil(shares * copies[-1] - 1e-9))] / 1e6
+    return found
 
 
 def percentile_bound_ms(measurement: Measurement, percent: float) -> float:

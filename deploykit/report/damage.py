@@ -63,7 +63,8 @@ def gain(kept: Json) -> str:
     share = f" ({kept['multiply_accumulates'] / total:.1%} of the quantized ones)" if total else ""
     time = ""
     if kept["extra_us"] is not None:
-        time = f", about {kept['extra_us']:+.0f} us of {kept['quantized_us']:.0f}"
+        way = "slower" if kept["extra_us"] > 0 else "faster"
+        time = f", about {abs(kept['extra_us']):.0f} us {way} of {kept['quantized_us']:.0f}"
     return (
         f"{pattern}: {len(nodes)} node{'s' if len(nodes) > 1 else ''} in float, "
         f"{kept['sqnr_db']:.1f} -> {much} ({what}), "

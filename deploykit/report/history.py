@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from types import MappingProxyType
 
 from deploykit.report.anatomy import share
-from deploykit.report.summary import choice
+from deploykit.report.made import choice
 from deploykit.values import Json, StageRecord
 
 _REASON = re.compile(r"(?<=: ).*")

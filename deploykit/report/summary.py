@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
 from pydantic import ConfigDict, Field
 
-from deploykit import _files, store
+from deploykit import _files, _json, metrics
 from deploykit.environment import Environment
 from deploykit.measure import BenchResult, statistics
 from deploykit.report import html
-from deploykit.values import Artifact, Gate, Interval, Json, Measurement, Score, Value, Verdict
+from deploykit.report.steps import step_by_step
+from deploykit.values import Artifact, Gate, Interval, Measurement, Score, Value, Verdict
 
 
 class Row(Value):
@@ -67,13 +69,12 @@ class Row(Value):
             return plain.model_copy(update={"invalid": measured.invalid if measured else None})
         pytorch, onnx = (measurement(result, b, small) for b in baselines)
         many = measurement(result, f"{name} @ {backend}", large)
+        percentiles = statistics.percentile_intervals_ms(measured, (50, 90, 99))
         return plain.model_copy(
             update={
                 "batch_size": small,
                 "threads": measured.options.threads,
-                "p50_ms": statistics.percentile_interval_ms(measured, 50),
-                "p90_ms": statistics.percentile_interval_ms(measured, 90),
-                "p99_ms": statistics.percentile_interval_ms(measured, 99),
+                **dict(zip(("p50_ms", "p90_ms", "p99_ms"), percentiles, strict=True)),
                 "throughput_per_second": statistics.throughput(many) if many else None,
                 "throughput_batch_size": large if many else None,
                 "over_pytorch": speedup(pytorch, measured),
@@ -168,63 +169,6 @@ def size(number: int) -> str:
     return f"{number / 1e6:.1f} MB" if number < 1e9 else f"{number / 1e9:.2f} GB"
 
 
-def describe(artifact: Artifact) -> str:
-    """What a stage made, in one line, and one more for each warning."""
-    facts = artifact.facts
-    told = [artifact.precision, size(sum(map(_files.size_bytes, artifact.files)))]
-    for key, text in (
-        ("parameters_after", "{:,} parameters"),
-        ("compute_nodes_quantized", "{} of {compute_nodes} compute nodes quantized"),
-        ("largest_relative_difference", "differs from its source by {:.0e} of the largest output"),
-    ):
-        if key in facts:
-            told.append(text.format(facts[key], **facts))
-    if total := facts.get("multiply_accumulates"):
-        share = facts["multiply_accumulates_quantized"] / total
-        told[-1] += f" with {share:.0%} of the multiply-accumulates"
-    if found := facts.get("search"):
-        told += choice(facts["candidate"], found)
-    warnings = list(facts.get("warnings", ()))
-    if huge := facts.get("huge_ranges"):
-        warnings.append(f"{len(huge)} tensors with huge ranges ({huge[0]!r}): few levels are left")
-    return "\n".join([", ".join(told), *(f"  warning: {warning}" for warning in warnings)])
-
-
-def choice(name: str, found: Json) -> list[str]:
-    """What was chosen, how near to the float model it is, and how fast where it will run."""
-    near = f"{found['chosen']['sqnr_db']:.0f} dB to the float model"
-    told = [name, f"{near} on {found['held_back_samples']} samples", *_kept(found)]
-    if not found.get("timed_on_target"):
-        return [*told, "not timed where it will run"]
-    ratio = found["chosen"]["time_ratio"]
-    before, after = (f"{found['chosen'][key]:.3g} ms" for key in ("float_ms", "ms"))
-    where = f"the float model on {found['runtime']} ({after}, was {before}, one thread)"
-    if ratio >= 1:
-        return [*told, f"NOT FASTER than {where}{_slow(found['time_of'])}"]
-    return [*told, f"{1 / ratio:.2f}x as fast as {where}"]
-
-
-def _slow(shares: Json) -> str:
-    """Where the time of a model goes that is not faster than in float."""
-    if not shares:
-        return ""
-    told = ", ".join(f"{share:.0%} {what}" for what, share in shares.items())
-    return f": its time goes {told}; keep the float model there"
-
-
-def _kept(found: Json) -> list[str]:
-    """The promise and what became of it, where there was one."""
-    chosen, float_score = found["chosen"], found["float_score"]
-    if chosen["drop"] is None:
-        return []
-    allowed = found["max_drop"]
-    lost = f"{chosen['drop']:.2g} lost of {allowed:.2g} allowed"
-    if chosen["drop"] < 0:
-        lost = f"{-chosen['drop']:.2g} gained, {allowed:.2g} may be lost,"
-    where = f"on {chosen['scored_samples']} samples"
-    return [f"{found['metric']} {chosen['score']:.4g}, was {float_score:.4g}: {lost} {where}"]
-
-
 def _ships(row: Row, summary: RunSummary) -> bool:
     return row.name == summary.verdict.ship and row.backend == summary.target
 
@@ -253,18 +197,17 @@ def verdict_text(summary: RunSummary) -> str:
         f"{summary.metric} drop {interval(drop.value, 4)} (allowed {drop.limit:.4f}), "
         f"{interval(gain.value, 2, 'x')} as fast as FP32 ONNX there "
         f"(needed above {gain.limit:.2f}x: the larger of the recipe's limit and the noise floor)."
-        f"{_unsettled(drop, samples)}{_elsewhere(summary)}"
+        f"{_unsettled(drop, samples)}{step_by_step(summary)}{_elsewhere(summary)}"
     )
 
 
 def _unsettled(drop: Gate, samples: int) -> str:
     """What it would take to be sure, where the interval of the drop reaches over the limit."""
-    if drop.value.high <= drop.limit:
+    needed = metrics.samples_to_settle(drop.value, drop.limit, samples)
+    if needed == samples:
         return ""
-    room, half = drop.limit - drop.value.value, drop.value.high - drop.value.value
-    if room <= 0:
+    if needed == math.inf:
         return " The drop is at its limit: these samples cannot settle it."
-    needed = samples * (half / room) ** 2
     return (
         f" The gate holds on these {samples} samples; its interval reaches over the limit, about "
         f"{needed:.1g} samples would settle it."
@@ -317,7 +260,7 @@ def _baselines(summary: RunSummary) -> str:
 def write(summary: RunSummary, result: BenchResult, out: Path) -> None:
     """Write `summary.json`, `summary.md` and `report.html`."""
     _files.write_text(
-        out / "summary.json", store.json_text(summary.model_dump(mode="json", by_alias=True))
+        out / "summary.json", _json.text(summary.model_dump(mode="json", by_alias=True))
     )
     _files.write_text(out / "summary.md", markdown(summary))
     page = html.Page(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import linecache
 import logging
@@ -102,10 +103,25 @@ def to_onnx(
 def _save(made: ONNXProgram, path: Path) -> tuple[str, ...]:
     """Write the model; torch puts the weights in a file beside it where one is too small."""
     made.save(str(path))
-    for value in made.model.graph.initializers.values():
-        value.const_value = None  # onnxscript's rewriter keeps the last graph for ever
+    _let_go()
     beside = path.with_name(f"{path.name}.data")
     return onnx_weights.adopt(path, beside) if beside.exists() else ()
+
+
+def _let_go() -> None:
+    """Take the weights out of exported graphs: onnxscript's rewriter keeps the last one for ever.
+
+    Its patterns hold nodes that they have matched, also those that are in the graph no more.
+    """
+    import onnx_ir
+
+    for each in gc.get_objects():
+        if isinstance(each, onnx_ir.Value) and _is_of_torch(each.const_value):
+            each.const_value = None
+
+
+def _is_of_torch(value: object) -> bool:
+    return type(value).__module__.startswith("torch.onnx.")
 
 
 def _strip(made: ONNXProgram) -> None:

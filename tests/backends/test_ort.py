@@ -18,7 +18,7 @@ def _needs_onnxruntime() -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_threads_are_those_asked_for(teacher_onnx: Artifact, threads: int) -> None:
     with open_session(teacher_onnx, "ort-cpu", SessionOptions(threads=threads)) as session:
-        settings = session._session.get_session_options()
+        settings = session._opened.get_session_options()
     assert (settings.intra_op_num_threads, settings.inter_op_num_threads) == (threads, 1)
 
 

@@ -150,12 +150,12 @@ def test_no_drop_can_be_allowed_from_an_infinite_score(again: Command) -> None:
 
 def test_strict_fails_on_what_disturbs(again: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = ("the hypervisor took 9.0% of the CPU time during the run",)
-    monkeypatch.setattr("deploykit.cli.bench.host.notes", lambda *a: [])
+    monkeypatch.setattr("deploykit.cli._limits.host.notes", lambda *a: [])
     assert again(disturbances=noise).code == 0
     told = again("--strict", disturbances=noise)
     assert told.code == 7
     assert "the machine is disturbed: the hypervisor took 9.0%" in told.err
-    monkeypatch.setattr("deploykit.cli.bench.host.notes", lambda *a: ["it is busy"])
+    monkeypatch.setattr("deploykit.cli._limits.host.notes", lambda *a: ["it is busy"])
     assert "the machine is disturbed: it is busy" in again("--strict").err
 
 

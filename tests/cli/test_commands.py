@@ -163,7 +163,7 @@ def test_a_promise_that_cannot_be_kept_is_a_no_and_writes_nothing(
     )  # fmt: skip
     assert told.code == 7
     assert "no INT8 model keeps cosine within 0 of 1; the nearest is" in told.err
-    assert "drop and time over float of what was tried: residual-minmax" in told.err
+    assert "the best of what was tried: residual-minmax: loses " in told.err
     document = json.loads(told.out)
     assert (document["schema"], document["exit_code"]) == ("deploykit.error/1", 7)
     assert document["error"] in told.err

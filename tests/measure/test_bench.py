@@ -263,7 +263,10 @@ def test_several_processes_give_the_blocks_between_them(fake, vectors, started, 
 
 def test_many_processes_end_early_where_loading_is_long(fake, vectors, monkeypatch):
     monkeypatch.setattr("deploykit.measure.run.LONG", 0)
-    options = FAST.model_copy(update={"processes": 5})
-    result = bench([fake("steady")], options, data=vectors, worker=FAKE_WORKER)
-    assert result.of("steady", 1).process_blocks == (3, 3, 3)
-    assert "3 processes instead of 5: loading is long" in result.notes
+    monkeypatch.setattr("deploykit.measure.run.PATIENCE", 1e9)
+    for blocks, each in ((25, (5, 5, 5)), (15, (3, 3, 3, 3, 3))):  # fewer than 15 tell nothing
+        options = FAST.model_copy(update={"processes": 5, "blocks": blocks})
+        result = bench([fake("steady")], options, data=vectors, worker=FAKE_WORKER)
+        assert result.of("steady", 1).process_blocks == each
+        told = "3 processes instead of 5: loading is long" in result.notes
+        assert told == (len(each) == 3)

@@ -96,7 +96,8 @@ def test_the_gain_in_one_sentence() -> None:
     }  # fmt: skip
     assert damage.gain(kept) == (
         "a*: 1 node in float, 19.0 -> 21.2 dB (measured), "
-        "50 multiply-accumulates back in float (5.0% of the quantized ones), about +2 us of 50"
+        "50 multiply-accumulates back in float (5.0% of the quantized ones), "
+        "about 2 us slower of 50"
     )
     several = {**kept, "nodes": ["a", "b"], "measured": False, "extra_us": None}
     assert "2 nodes in float, 19.0 -> 21.2 dB (with the best of them alone;" in damage.gain(several)

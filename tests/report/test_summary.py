@@ -23,7 +23,6 @@ from deploykit.values import (
     Placement,
     Score,
     SessionOptions,
-    StageRecord,
     Verdict,
 )
 
@@ -134,6 +133,32 @@ def test_a_number_stands_before_its_interval(
 )
 def test_sizes_are_told_in_bytes_kilobytes_and_megabytes(number: int, want: str) -> None:
     assert summary.size(number) == want
+
+
+# --- the way
+
+
+def test_what_each_step_took_is_told_of_the_way_of_what_ships() -> None:
+    scores = {
+        "model": 0.93, "model.fp32.onnx": 0.93, "model.int8.onnx": 0.929, "pruned": 0.4,
+        "distilled": 0.928, "distilled.fp32.onnx": 0.928, "distilled.int8.onnx": 0.9285,
+    }  # fmt: skip
+    rows = [row(name=name, score=about(score)) for name, score in scores.items()]
+    text = summary.verdict_text(found(*rows, verdict=shipped("distilled.int8.onnx")))
+    assert (
+        " Step by step: pruned -0.5300, distilled +0.5280, distilled.fp32.onnx +0.0000, "
+        "distilled.int8.onnx +0.0005."
+    ) in text
+    text = summary.verdict_text(found(*rows, verdict=shipped("model.int8.onnx")))
+    assert " Step by step: model.fp32.onnx +0.0000, model.int8.onnx -0.0010." in text
+
+
+def shipped(name: str) -> Verdict:
+    gates = [
+        Gate(name=gate, engine=name, value=about(value), limit=1, passed=True)
+        for gate, value in (("max_drop", 0.002), ("min_speedup", 2))
+    ]
+    return Verdict(ship=name, gates=tuple(gates), reason="")
 
 
 # --- rows
@@ -402,59 +427,3 @@ def test_an_interval_that_is_no_number_is_drawn_without_bars(tmp_path: Path) -> 
     run = found(row(score=nan, p50_ms=nan))
     assert Page(written(tmp_path, run)).count("svg") == 2
     assert summary.cells(run.rows[0])[3] == "0.9000"
-
-
-# what quantize made, in words
-
-
-def quantized(folder: Path, *, ratio: float = 0.5, **changes: Any) -> list[str]:
-    """The lines told of a quantized model, in one of which a promise was kept."""
-    path = folder / "m.onnx"
-    path.write_bytes(b"x" * 2000)
-    chosen = {
-        "name": "all-mse", "sqnr_db": 31.4, "score": 0.75, "drop": 0.002, "scored_samples": 100,
-        "time_ratio": ratio, "float_ms": 2.0, "ms": 2.0 * ratio, "timed_as": "all-mse",
-    }  # fmt: skip
-    facts = {
-        "candidate": "all-mse", "compute_nodes": 5, "compute_nodes_quantized": 4,
-        "multiply_accumulates": 100, "multiply_accumulates_quantized": 97, "warnings": ["a", "b"],
-    }  # fmt: skip
-    search = {
-        "runtime": "openvino", "held_back_samples": 8, "chosen": chosen, "float_score": 0.752,
-        "metric": "top1", "max_drop": 0.005, "timed_on_target": True,
-        "time_of": {"FakeQuantize": 0.7, "Convolution": 0.2},
-    }  # fmt: skip
-    record = StageRecord(
-        stage="quantize", options={}, facts={**facts, "search": search | changes}, inputs={},
-        versions={}, seconds=1, key="",
-    )  # fmt: skip
-    made = Artifact(
-        path=path, format="onnx", precision="int8", inputs=(), outputs=(), sha256="",
-        history=(record,),
-    )  # fmt: skip
-    return summary.describe(made).splitlines()
-
-
-def test_a_quantized_model_is_told_with_its_baseline_and_a_line_a_warning(tmp_path: Path) -> None:
-    first, *warnings = quantized(tmp_path)
-    assert first == (
-        "int8, 2 kB, 4 of 5 compute nodes quantized with 97% of the multiply-accumulates, all-mse, "
-        "31 dB to the float model on 8 samples, "
-        "top1 0.75, was 0.752: 0.002 lost of 0.005 allowed on 100 samples, "
-        "2.00x as fast as the float model on openvino (1 ms, was 2 ms, one thread)"
-    )
-    assert warnings == ["  warning: a", "  warning: b"]
-
-
-def test_what_is_not_faster_says_where_its_time_goes_and_what_to_do(tmp_path: Path) -> None:
-    first = quantized(tmp_path, ratio=1.25)[0]
-    assert first.endswith(
-        "NOT FASTER than the float model on openvino (2.5 ms, was 2 ms, one thread): its time goes "
-        "70% FakeQuantize, 20% Convolution; keep the float model there"
-    )
-
-
-def test_what_was_timed_elsewhere_has_no_speed_up(tmp_path: Path) -> None:
-    first = quantized(tmp_path, timed_on_target=False)[0]
-    assert first.endswith("not timed where it will run")
-    assert "as fast" not in first

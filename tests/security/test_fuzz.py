@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploykit import _shapes, environment, store
+from deploykit import _json, _shapes, environment
 from deploykit.bundle import manifest
 from deploykit.bundle.manifest import BundleError
 from deploykit.cli.ship import _machine
@@ -113,7 +113,7 @@ def test_the_record_of_a_model(
     given_ = data.draw(nearly(text).map(str.encode) | damaged(text))
     path = tmp_path_factory.getbasetemp() / "record.json"
     path.write_bytes(given_)
-    answers(lambda: parse(Artifact, store.read_json(path), "record"))
+    answers(lambda: parse(Artifact, _json.read(path), "record"))
 
 
 @given(st.data())

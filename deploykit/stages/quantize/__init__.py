@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -15,15 +16,15 @@ from deploykit.environment import has_int8_dot_product, is_arm
 from deploykit.environment import read as read_environment
 from deploykit.errors import AnswerIsNo, InputError, UsageError, did_you_mean
 from deploykit.formats import onnx_file, onnx_weights
-from deploykit.formats.onnx_graph import Graph, matches
-from deploykit.stages.quantize import gain, guard, placement, sound
-from deploykit.stages.quantize.lab import Lab, Point, Talk, pareto
+from deploykit.formats.onnx_graph import Graph
+from deploykit.stages.quantize import findings, gain, guard, placement, sound
+from deploykit.stages.quantize.lab import Lab, Point, Talk
 from deploykit.stages.quantize.methods import EXACT, Method
 from deploykit.stages.quantize.options import QuantizeOptions
 from deploykit.stages.quantize.prepare import NOT_FOLDED, TOO_LARGE
 from deploykit.stages.quantize.presets import OPSETS, SCOPES, Preset, preset
 from deploykit.stages.quantize.promise import Promise
-from deploykit.stages.quantize.search import damage, search
+from deploykit.stages.quantize.search import damage, search, speed_claim
 from deploykit.stages.quantize.workshop import Variant, Workshop
 from deploykit.store import Job, Made
 from deploykit.values import Artifact, Json
@@ -33,12 +34,9 @@ __all__ = ["Preset", "Promise", "QuantizeOptions", "preset", "quantize"]
 LIBRARIES = ("onnx", "onnxruntime", "onnxruntime-gpu", "openvino")
 HELD_SHARE, HELD_AT_MOST = 4, 32
 """One sample in four or more is held back from calibration to choose on."""
+log = logging.getLogger("deploykit")
 FEWEST = 8
 """Samples below which nothing is chosen."""
-FAITHFUL_DB = 20.0
-"""Below this (noise a tenth of the signal's amplitude) a result without a promise is warned of."""
-LITTLE = 0.01
-"""Share of the multiply-accumulates below which the answer is no."""
 COMMON: Method = "minmax"
 """The method where there is too little data to choose one."""
 
@@ -146,7 +144,12 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
         cache=Path(options.calibration_cache) if options.calibration_cache else None,
         progress=lambda done, total: order.talk("calibrate", done, total),
     )
-    warnings = guard.check_enough(shop.seen, rest) + guard.compared(order.data, evaluated)
+    unlike = guard.compared(order.data, evaluated)
+    for warning in unlike:
+        log.warning(warning)  # now, not after a search of minutes
+    warnings = guard.check_enough(shop.seen, rest) + unlike
+    if len(rest) < FEWEST:
+        warnings += [f"calibrated on {len(rest)} samples only: give dozens"]
     warnings += [told for told in shop.told if told in (NOT_FOLDED, TOO_LARGE)]
     candidates = _candidates(shop.graph, options, chooses=held is not None)
     found: Json = {}
@@ -154,41 +157,52 @@ def _made(order: _Order, folder: Path, out: Path) -> Json:
         ((name, variant),) = candidates.items()
         variant, broken = sound.checked(shop, variant, order.data, out)
         if judged:
-            warnings += [f"{len(rest)} samples are too few to choose on: {name} was not measured"]
+            few = f"{len(rest)} samples are too few to choose on, or to measure damage"
+            warnings += [f"{few}: give at least {FEWEST}; {name} was taken unmeasured"]
     else:
         runtime, simulated, elsewhere = _runtime(options)
         warnings += elsewhere
         lab = Lab(shop, runtime, held, order.promise, folder, order.talk, simulated)
-        chosen = options.chooses or order.promise
         try:
-            tried = options.tried_corrections if chosen and not shop.large else ()
-            point = search(lab, candidates, tried)
+            point, told, doubts = _searched(lab, candidates, options, timed=not elsewhere)
         except AnswerIsNo as no:
-            no.facts |= _found(lab, None, {})
-            for warning in warnings:  # the data may be why
+            no.facts |= findings.of_search(lab, None, {})
+            for warning in warnings:
                 no.add_note(warning)
+            if unlike:
+                no.hint = f"the calibration data may be why: {'; '.join(unlike)} ({no.hint})"
             raise
-        name, variant = point.name, point.variant
-        told = {"timed_on_target": not elsewhere, "time_of": {}}
-        if not elsewhere and (point.time_ratio or 0) >= 1:
-            told["time_of"] = lab.where_time_goes(point.artifact)
-        if not order.promise and point.sqnr_db < FAITHFUL_DB:
-            near = f"the outputs follow the float model's at {point.sqnr_db:.0f} dB only"
-            warnings += [f"{near}: judge them by --max-drop on evaluation data"]
-        if options.node_damage and not lab.damages:
-            damage(lab, variant)
-        probed = gain.probe(lab, point) if options.node_damage else {}
-        found, broken = {"search": _found(lab, point, probed) | told}, lab.broken
+        name, variant, warnings = point.name, point.variant, warnings + doubts
+        found, broken = {"search": told}, lab.broken
         _publish(point.artifact, out)  # what was judged, not made again
-    facts = shop.facts(variant, _why(shop.graph, options, candidates, variant) | broken)
+    facts = shop.facts(
+        variant, findings.left_in_float(shop.graph, options, candidates, variant) | broken
+    )
     return {
         **facts,
         "candidate": name,
         "calibration_samples": len(rest),
-        "warnings": warnings + _touched(facts, options),
+        "warnings": warnings + findings.little(facts, options),
         "op_types": sorted({shop.graph.nodes[n].op_type for n in variant.nodes}),
         **found,
     }
+
+
+def _searched(
+    lab: Lab, candidates: Mapping[str, Variant], options: QuantizeOptions, *, timed: bool
+) -> tuple[Point, Json, list[str]]:
+    """The chosen candidate, what was found on the way, and what is to be warned of.
+
+    `timed`: times are the target's own. Raises AnswerIsNo: no candidate will do.
+    """
+    chooses = (options.chooses or lab.promise) and not lab.shop.large
+    point = search(lab, candidates, options.tried_corrections if chooses else ())
+    speed = speed_claim(point) if timed else None
+    doubts = findings.doubts(lab, point, speed)
+    if options.node_damage and not lab.damages:
+        damage(lab, point.variant)
+    probed = gain.probe(lab, point) if options.node_damage else {}
+    return point, findings.of_search(lab, point, probed, speed), doubts
 
 
 def _publish(artifact: Artifact, out: Path) -> None:
@@ -197,54 +211,6 @@ def _publish(artifact: Artifact, out: Path) -> None:
         onnx_weights.write(onnx_file.shell(artifact.path), out, folder=artifact.path.parent)
     else:
         shutil.copyfile(artifact.path, out)
-
-
-def _touched(facts: Json, options: QuantizeOptions) -> list[str]:
-    """A warning where little of the work is quantized and that was not asked for.
-
-    Raises AnswerIsNo: next to nothing is.
-    """
-    done, total = facts["multiply_accumulates_quantized"], facts["multiply_accumulates"]
-    inside, nodes = facts["compute_nodes_in_subgraphs"], facts["compute_nodes"]
-    told = f"{done:,} of {total:,} multiply-accumulates"
-    told += f", {inside} of {nodes} compute nodes are in branches or loops" if inside else ""
-    if not options.partial and done < LITTLE * total:
-        raise AnswerIsNo(
-            f"{told} could be quantized",
-            hint="the work of this model lies in operators that stay in float, such as LSTM",
-            facts=facts,
-        )
-    little = done < total / 2 or 2 * inside > nodes
-    return [f"{told}: quantized alone"] if little and not options.partial else []
-
-
-def _found(lab: Lab, point: Point | None, probed: Json) -> Json:
-    """The account of a search, and of the point it ended with if there is one."""
-    totals = {name: value for name, value in probed.items() if not isinstance(value, dict)}
-    return {
-        "runtime": lab.backend,
-        "simulated": lab.simulate,
-        "held_back_samples": len(lab.held),
-        "candidates": [p.told for p in lab.points],
-        "pareto": [p.name for p in pareto(lab.points)],
-        "float_score": lab.float_score and lab.float_score.score.value,
-        "metric": lab.promise and lab.promise.metric,
-        "max_drop": lab.promise and lab.float_score and lab.promise.limit(lab.float_score),
-        "chosen": point and point.told,
-        "damage": gain.rows(lab, probed),
-        "probe": totals or None,
-    }
-
-
-def _why(
-    graph: Graph, options: QuantizeOptions, candidates: Mapping[str, Variant], written: Variant
-) -> dict[str, str]:
-    """Why nodes of the operators that were tried are in float all the same."""
-    tried = {name for variant in candidates.values() for name in variant.nodes}
-    named = placement.chosen(graph, SCOPES["all"]) if options.keep_float else ()
-    left = {n for n in named if any(matches(graph.nodes[n], p) for p in options.keep_float)}
-    back = dict.fromkeys(tried - set(written.nodes), "in float by measurement")
-    return back | dict.fromkeys(left, "left out by request")
 
 
 def _held_back(data: Dataset) -> tuple[Dataset, Dataset | None]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 WORK = (*COMPUTE, *RECURRENT)
 """Operators that hold the work of a model."""
+MEASURED = "in float by measurement"
+"""Why a node is in float that could be quantized."""
 
 
 def account(graph: Graph, made: Plan, why: dict[str, str]) -> Json:

@@ -13,13 +13,13 @@ from deploykit.environment import read as read_environment
 from deploykit.errors import InputError, UsageError
 from deploykit.formats import onnx_weights
 from deploykit.formats.onnx_graph import Graph, open_shapes
+from deploykit.formats.onnx_sizes import WEIGHTS_FOLDER
 from deploykit.stages.quantize.histogram import Histogram
 from deploykit.values import Array, Json, Value
 
 if TYPE_CHECKING:
     import onnx
 
-WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 Calibration = Mapping[str, Histogram]
 """Tensor name to what its values were."""
 

@@ -35,8 +35,8 @@ from deploykit.values import (
 ROUNDS, SECONDS = (21, 500), 1.0
 """Fewest and most interleaved timings of each candidate, and how long they may take together."""
 
-RUNS = 20
-"""Runs under the runtime's profiler."""
+RUNS, RESAMPLES = 20, 499
+"""Runs under the runtime's profiler; resamples of the bootstrap."""
 
 Talk = Callable[[str, int, int], None]
 """Told what goes on, how many parts are done, and of how many."""
@@ -56,7 +56,9 @@ class Point:
     scored_samples: int | None = None
     """Those of the evaluation data, or a part of them that left no doubt."""
     time_ratio: float | None = None
-    """Time over the float model's on the same runtime, one sample, one thread."""
+    """Time over the float model's on the same runtime, one sample, one thread: of the medians."""
+    time_bounds: tuple[float, float] | None = None
+    """Its 95 % interval, from the rounds of one process."""
     times_ms: tuple[float, float] | None = None
     """Median times of the float model and of this, interleaved with one another."""
     timed_as: str | None = None
@@ -70,8 +72,10 @@ class Point:
             "sqnr_db": round(self.sqnr_db, 2),
             "score": self.score,
             "drop": self.drop and self.drop.value,
+            "drop_95": self.drop and [self.drop.low, self.drop.high],
             "scored_samples": self.scored_samples,
             "time_ratio": self.time_ratio and round(self.time_ratio, 3),
+            "time_ratio_95": self.time_bounds and [round(bound, 3) for bound in self.time_bounds],
             "float_ms": self.times_ms and round(self.times_ms[0], 4),
             "ms": self.times_ms and round(self.times_ms[1], 4),
             "timed_as": self.timed_as,
@@ -125,6 +129,7 @@ class Lab:
     """What each node alone does, once that was measured."""
 
     def __post_init__(self) -> None:
+        self.batch_size = _batch(self.shop.source)
         self.options = SessionOptions(threads=read_environment().cores, simulate=self.simulate)
         with self._open(self.shop.source) as session:
             self.reference, _ = collect(session, self.held, batch_size=1)
@@ -168,7 +173,7 @@ class Lab:
 
     def _feed(self) -> Feed:
         """What is timed: one sample, or as many as the model wants."""
-        size = _batch(self.shop.source)
+        size = self.batch_size
         feed, _ = next(self.held.batches(size))
         return {name: padded(array, size) for name, array in feed.items()}
 
@@ -207,7 +212,8 @@ class Lab:
             return [each for point in points for each in self.timed([point])]
         feed = self._feed()
         artifacts = [self.shop.source, *(point.artifact for point in points)]
-        sessions = [self._open(artifact, 1) for artifact in artifacts]
+        # the float model last: what loading the others takes meanwhile is gone by then
+        sessions = [self._open(artifact, 1) for artifact in reversed(artifacts)][::-1]
         calls = [session.prepare(feed) for session in sessions]
         for call in calls * 2:
             call()
@@ -222,11 +228,18 @@ class Lab:
                 started = time.perf_counter()
                 calls[number]()
                 row[number] = time.perf_counter() - started
-        ratios = np.exp(np.median(np.log(times / times[:, :1]), axis=0))
         plain, *each = (1e3 * np.median(times, axis=0)).tolist()
         return [
-            self.know(replace(point, time_ratio=ratio, times_ms=(plain, ms), timed_as=point.name))
-            for point, ratio, ms in zip(points, ratios[1:].tolist(), each, strict=True)
+            self.know(
+                replace(
+                    point,
+                    time_ratio=ms / plain,
+                    time_bounds=bounds,
+                    times_ms=(plain, ms),
+                    timed_as=point.name,
+                )
+            )
+            for point, ms, bounds in zip(points, each, _bounds(times), strict=True)
         ]
 
     def scored(self, point: Point) -> Point:
@@ -260,6 +273,14 @@ class Lab:
         """Keep what is known now in place of what was."""
         self.points = [point if p.name == point.name else p for p in self.points]
         return point
+
+
+def _bounds(times: Array) -> list[tuple[float, float]]:
+    """95 % intervals of the medians over that of the first column: bootstrap over whole rounds."""
+    picks = np.random.default_rng(0).integers(len(times), size=(RESAMPLES, len(times)))
+    medians = np.stack([np.median(times[rows], axis=0) for rows in picks])
+    low, high = np.quantile(medians[:, 1:] / medians[:, :1], (0.025, 0.975), axis=0)
+    return list(zip(low.tolist(), high.tolist(), strict=True))
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:

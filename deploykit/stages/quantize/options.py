@@ -22,7 +22,8 @@ class QuantizeOptions(Value):
     precision: Quantized = Field(
         default="int8",
         description="int8; fp8 (E4M3, tensorrt only); or int4, the large weights of MatMul and "
-        "Gemm alone. There is no 16-bit kind: no target computes with 16-bit integers",
+        "Gemm alone (embedding tables become int8). There is no 16-bit kind: no target computes "
+        "with 16-bit integers",
     )
     processor: Literal["this", "vnni", "arm", "any"] = Field(
         default="this",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from deploykit.dataset import Dataset, picked
 from deploykit.errors import UsageError
 from deploykit.evaluation import Outputs, collect, evaluate, metric_identity, score
-from deploykit.metrics import METRICS, UP_TO_ONE
+from deploykit.metrics import LIKE_ITSELF, METRICS, UP_TO_ONE
 from deploykit.session import Session
 from deploykit.store import digest_of
 from deploykit.values import Score
@@ -30,7 +30,12 @@ class Promise:
     """`max_drop` is a share of the float model's score, not units of the metric."""
 
     def __post_init__(self) -> None:
-        """Raises UsageError: a drop that allows everything."""
+        """Raises UsageError: a drop that allows everything, or from infinity."""
+        if self.metric in LIKE_ITSELF:
+            raise UsageError(
+                f"{self.metric} of the float model is infinite: no drop from it can be allowed",
+                hint="take another metric, such as cosine or agreement",
+            )
         if self.max_drop >= 1 and (self.relative or self.metric in UP_TO_ONE):
             raise UsageError(
                 f"a drop of {self.max_drop:.3g}{' times the score' * self.relative} allows any "

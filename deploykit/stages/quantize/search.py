@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from deploykit.errors import AnswerIsNo, InputError
 from deploykit.formats.onnx_graph import multiply_accumulates
@@ -73,8 +74,24 @@ def _by_speed(lab: Lab, points: Sequence[Point]) -> list[list[Point]]:
 def _timed_as(point: Point, other: Point) -> Point:
     """The point with the time of another, which has the same nodes."""
     return replace(
-        point, time_ratio=other.time_ratio, times_ms=other.times_ms, timed_as=other.timed_as
+        point,
+        time_ratio=other.time_ratio,
+        time_bounds=other.time_bounds,
+        times_ms=other.times_ms,
+        timed_as=other.timed_as,
     )
+
+
+def speed_claim(point: Point) -> Literal["faster", "slower", "no difference"]:
+    """What may be said of a timed point beside the float model.
+
+    Its interval is of one process, and another may differ by SAME_TIME.
+    """
+    assert point.time_ratio and point.time_bounds  # noqa: S101, PT018
+    low, high = point.time_bounds
+    if high < 1 and point.time_ratio < 1 - SAME_TIME:
+        return "faster"
+    return "slower" if low > 1 and point.time_ratio > 1 + SAME_TIME else "no difference"
 
 
 def _nearest(groups: Sequence[Sequence[Point]]) -> Point:
@@ -170,7 +187,7 @@ def _mixed(lab: Lab, start: Point) -> Point | None:
         nodes = tuple(name for name in start.variant.nodes if name not in gone)
         lab.talk(f"score with {count} nodes in float", 0, 1)
         try:
-            point = lab.try_out(f"{start.name}-{count}", replace(start.variant, nodes=nodes))
+            point = lab.try_out(f"{start.name}+{count}_float", replace(start.variant, nodes=nodes))
         except AnswerIsNo:
             return None
         if point is None:
@@ -242,7 +259,8 @@ def _broken(lab: Lab) -> AnswerIsNo:
     )
     assert nearest.drop  # noqa: S101
     seen = "; ".join(
-        f"{p.name}: drop {p.drop.value:.2g}" + (f", {p.time_ratio:.2f}x" if p.time_ratio else "")
+        f"{p.name}: loses {p.drop.value:.2g}"
+        + (f", {1 / p.time_ratio:.2f}x as fast as in float" if p.time_ratio else "")
         for p in pareto(lab.points)
         if p.drop
     )
@@ -251,6 +269,7 @@ def _broken(lab: Lab) -> AnswerIsNo:
         f"no {lab.shop.preset.precision.upper()} model keeps {lab.promise.metric} within "
         f"{limit:.2g} of {lab.float_score.score.value:.4g}; the nearest is {nearest.name}, "
         f"which loses {nearest.drop.value:.2g}",
-        hint=f"drop and time over float of what was tried: {seen}",
+        hint=f"allow more with --max-drop, or deploy the float model; the best of what was tried: "
+        f"{seen}",
         facts={"nearest": nearest.told},
     )

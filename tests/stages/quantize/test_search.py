@@ -23,10 +23,18 @@ from deploykit.errors import AnswerIsNo, InputError, StageError
 from deploykit.formats.onnx_graph import Graph
 from deploykit.session import Session
 from deploykit.stages.build import BuildOptions, build, unavailable
-from deploykit.stages.quantize import Promise, QuantizeOptions, lab, quantize, sound, workshop
+from deploykit.stages.quantize import (
+    Promise,
+    QuantizeOptions,
+    findings,
+    lab,
+    quantize,
+    sound,
+    workshop,
+)
 from deploykit.stages.quantize.lab import Point, pareto
 from deploykit.stages.quantize.prepare import prepare
-from deploykit.stages.quantize.search import Damage, _worth, search
+from deploykit.stages.quantize.search import Damage, _worth, search, speed_claim
 from deploykit.stages.quantize.workshop import Correction, Variant
 from deploykit.values import Array, Artifact, Feed, Interval, Json, SessionOptions
 from tests.formats.test_onnx_graph import CONV, normal, parsed, stored
@@ -219,7 +227,7 @@ def test_no_more_nodes_than_needed_go_back_to_float(
     fake = fake_mixed_lab({}, {}, promise=KEPT, bad=bad)
     found = search(fake, {"all-x": Variant(TWELVE, "minmax")})  # type: ignore[arg-type]
     assert set(found.variant.nodes) == set(TWELVE) - bad
-    assert found.name == f"all-x-{count}"
+    assert found.name == f"all-x+{count}_float"
     assert found.time_ratio == pytest.approx(1 - (12 - count) / 100)
     assert len(fake.scored_names) <= 8
 
@@ -245,13 +253,13 @@ def test_a_mixed_model_must_be_faster_than_the_slower_one_that_keeps_the_promise
     monkeypatch.setattr(search_module, "_saved", lambda *_: {})  # no clock
 
     def timed(points: Sequence[Point]) -> list[Point]:
-        known = {"many-x": 0.4, "few-x": 0.8, "many-x-1": share}
+        known = {"many-x": 0.4, "few-x": 0.8, "many-x+1_float": share}
         return [fake.know(replace(p, time_ratio=known[p.name])) for p in points]
 
     monkeypatch.setattr(fake, "timed", timed)
     candidates = {"many-x": Variant(TWELVE, "minmax"), "few-x": Variant(few, "minmax")}
     found = search(fake, candidates)  # type: ignore[arg-type]
-    assert found.name == ("many-x-1" if mixed_wins else "few-x")
+    assert found.name == ("many-x+1_float" if mixed_wins else "few-x")
 
 
 # corrections
@@ -399,7 +407,7 @@ def test_what_is_clearly_out_is_scored_on_a_part_and_what_is_kept_on_all(tmp_pat
             promise=Promise(evaluated, metric, 0.01),
         )  # fmt: skip
         candidates = {c["name"]: c["scored_samples"] for c in made.facts["search"]["candidates"]}
-        assert candidates == {"compute-minmax": part, "compute-minmax-1": 640}
+        assert candidates == {"compute-minmax": part, "compute-minmax+1_float": 640}
 
 
 def user_metric(folder: Path) -> str:
@@ -429,13 +437,13 @@ def test_mixed_precision_puts_exactly_the_bad_node_back(tmp_path: Path) -> None:
     assert mixed.facts["compute_nodes_quantized"] == mixed.facts["compute_nodes"] - 1
     assert follow(source, mixed, data, "ort-cpu") > 25
     found = mixed.facts["search"]
-    assert found["chosen"]["name"] == mixed.facts["candidate"] == "compute-minmax-1"
+    assert found["chosen"]["name"] == mixed.facts["candidate"] == "compute-minmax+1_float"
     assert found["chosen"]["drop"] <= 0.01
     assert found["chosen"]["time_ratio"] > 0
     assert found["float_score"] == 1.0
     assert {c["name"]: c["drop"] <= 0.01 for c in found["candidates"]} == {
         "compute-minmax": False,
-        "compute-minmax-1": True,
+        "compute-minmax+1_float": True,
     }
 
 
@@ -446,12 +454,12 @@ def test_a_promise_that_cannot_be_kept_is_a_no_with_what_was_tried(tmp_path: Pat
         quantize(source, FIXED, data=data, out=tmp_path / "q.onnx", promise=promise)
     told = str(caught.value)
     assert "no INT8 model keeps cosine within 0 of 1" in told
-    assert "drop and time over float of what was tried" in caught.value.hint
-    assert "the nearest is compute-minmax-" in told
+    assert "allow more with --max-drop, or deploy the float model" in caught.value.hint
+    assert "the nearest is compute-minmax+" in told
     nearest = told.split("the nearest is ")[1].split(",", maxsplit=1)[0]
     hint = caught.value.hint
-    assert "was tried: compute-minmax: drop " in hint
-    assert f"{nearest}: drop " in hint
+    assert "was tried: compute-minmax: loses " in hint
+    assert f"{nearest}: loses " in hint
     assert caught.value.facts["nearest"]["name"] == nearest
     tried = {point["name"] for point in caught.value.facts["candidates"]}
     assert {nearest, *caught.value.facts["pareto"]} <= tried
@@ -875,3 +883,71 @@ def test_scores_may_be_simulated_times_never(
     (timed,) = here.timed([made])
     assert timed.time_ratio
     assert {options.simulate for options in opened} == {False}
+
+
+# what may be said of the chosen one
+
+
+@pytest.mark.parametrize(
+    ("ratio", "bounds", "claim"),
+    [
+        (0.8, (0.7, 0.9), "faster"),
+        (0.8, (0.5, 1.1), "no difference"),
+        (0.98, (0.97, 0.99), "no difference"),  # as another process may differ
+        (1.02, (1.01, 1.03), "no difference"),
+        (1.2, (1.1, 1.3), "slower"),
+        (1.2, (0.9, 1.3), "no difference"),
+    ],
+)
+def test_a_claim_of_speed_needs_its_interval_and_more_than_noise(
+    ratio: float, bounds: tuple[float, float], claim: str
+) -> None:
+    timed = Point("x", Variant((), "minmax"), NOWHERE, 30, time_ratio=ratio, time_bounds=bounds)
+    assert speed_claim(timed) == claim
+
+
+@pytest.mark.parametrize(
+    ("high", "told"),
+    [
+        (0.009, []),
+        (0.02, ["about 9e+02 samples"]),  # 100 * (0.015 / 0.005) ** 2
+        (math.inf, ["no number of them"]),
+    ],
+)
+def test_a_promise_whose_interval_reaches_over_the_limit_is_doubted(
+    high: float, told: list[str]
+) -> None:
+    at_limit = high == math.inf
+    value = 0.01 if at_limit else 0.005
+    drop = Interval(value=value, low=0, high=0.02 if at_limit else high)
+    made = Point("x", Variant((), "minmax"), NOWHERE, 30, drop=drop, scored_samples=100)
+    fake = SimpleNamespace(promise=KEPT, float_score=object(), backend="ort-cpu")
+    doubts = findings.doubts(fake, made, "faster")  # type: ignore[arg-type]
+    assert [next(t for t in told if t in doubt) for doubt in doubts] == told
+
+
+SLOWER = (
+    "NOT FASTER than the float model on ort-cpu: deploy that one there (of this one's time go "
+    "70% QLinearConv, 20% Conv)"
+)
+
+
+@pytest.mark.parametrize(
+    ("speed", "told"),
+    [
+        (None, ""),
+        ("faster", ""),
+        ("no difference", "no difference in speed from the float model on ort-cpu was measured"),
+        ("slower", SLOWER),
+    ],
+)  # fmt: skip
+def test_what_is_not_faster_is_warned_of_with_where_its_time_goes(
+    speed: str | None, told: str
+) -> None:
+    fake = SimpleNamespace(
+        promise=None,
+        backend="ort-cpu",
+        where_time_goes=lambda _: {"QLinearConv": 0.7, "Conv": 0.2},
+    )
+    made = Point("x", Variant((), "minmax"), NOWHERE, 30)
+    assert findings.doubts(fake, made, speed) == [told] * bool(told)  # type: ignore[arg-type]
