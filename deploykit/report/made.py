@@ -19,8 +19,11 @@ def describe(artifact: Artifact) -> str:
     ):
         if key in facts:
             told.append(text.format(facts[key], **facts))
-    if total := facts.get("multiply_accumulates"):
-        share = facts["multiply_accumulates_quantized"] / total
+    total, quantized = (
+        facts.get(f"multiply_accumulates{end}") for end in ("", "_quantized")
+    )  # convert has the one without the other
+    if total and quantized is not None:
+        share = quantized / total
         told[-1] += f" with {share:.0%} of the multiply-accumulates"
     back = [n["node"] for n in facts.get("float_nodes", ()) if n["reason"] == MEASURED]
     if back:

@@ -199,3 +199,13 @@ def test_half_a_promise_is_refused(
     assert told.code == 2
     assert named in told.lines[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_convert_tells_what_it_made(
+    deploykit: Command, tmp_path: Path, teacher_onnx: Artifact
+) -> None:
+    words = ("convert", teacher_onnx.path, "--data", CALIBRATION, "--precision", "fp16")
+    told = deploykit(*words, "-o", tmp_path / "m.onnx")
+    assert told.code == 0, told.err
+    assert "fp16" in told.out
+    assert "of the largest output" in told.out
