@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from deploykit import _json, backends
+from deploykit import _files, _json, backends
 from deploykit.bundle import (
     BundleError,
     PackagedModel,
@@ -21,9 +21,13 @@ from deploykit.bundle import (
     verify,
 )
 from deploykit.cli import COMMANDS, _common, _options
+from deploykit.cli._observer import Terminal
+from deploykit.dataset import Dataset
 from deploykit.environment import Environment
-from deploykit.errors import DeploykitError, InputError
+from deploykit.errors import DeploykitError, InputError, UsageError
 from deploykit.formats import open_model
+from deploykit.measure import Candidate
+from deploykit.tuning import TOLD, Tuned, tune
 from deploykit.values import Artifact, Json, parse
 
 EVIDENCE = "deploykit.evidence/1"
@@ -44,6 +48,11 @@ min_version_option = click.option(
 @click.option(
     "--evidence", multiple=True, type=_path, help="What evaluate, compare or bench --json printed."
 )
+@click.option(
+    "--slo",
+    help="As in p99=20ms: batch size, copies, threads and queue delay of the first model are "
+    "chosen by measurement on this machine, for most samples a second.",
+)
 @_options.fields(PackageOptions)
 @_common.force_option
 @_common.json_option
@@ -51,15 +60,22 @@ def package_command(
     models: tuple[str, ...], output: Path, *, data: str, force: bool, as_json: bool, **given: Any
 ) -> None:
     """Pack models."""
-    backend, evidence = given.pop("backend"), given.pop("evidence")
+    backend, evidence, slo = (given.pop(name) for name in ("backend", "evidence", "slo"))
     options = _options.make(PackageOptions, given)
     opened = _common.required_data(data)
     packed = [
         PackagedModel(artifact=artifact, backend=_backend(artifact, backend))
         for artifact in map(open_model, models)
     ]
-    told = _evidence(evidence)
-    bundle = package(packed, options, out=output, data=opened, evidence=told, force=force)
+    told = _documents(evidence)
+    if slo:
+        _files.check_free(output, force=force)
+        tuned = _tuned(packed[0], slo, opened, {**given, "layout": options.layout})
+        options = options.model_copy(update=tuned.options)
+        told.append(tuned.model_dump(mode="json", by_alias=True))
+        click.echo(_told(tuned), err=True)
+    evidence = {"schema": EVIDENCE, "documents": told} if told else None
+    bundle = package(packed, options, out=output, data=opened, evidence=evidence, force=force)
     text = f"{output}: {bundle.name} version {bundle.version}, {len(bundle.files)} files"
     _common.show(bundle, text, as_json=as_json)
 
@@ -71,8 +87,37 @@ def _backend(artifact: Artifact, asked: str | None) -> str:
     return asked or backends.fitting(artifact)[0]
 
 
-def _evidence(paths: tuple[Path, ...]) -> Json | None:
-    """The documents as one. Raises InputError: one is not of deploykit."""
+def _tuned(model: PackagedModel, slo: str, data: Dataset, given: dict[str, Any]) -> Tuned:
+    """Raises UsageError: the layout has no server, or what is to be chosen is given."""
+    if given["layout"] == "plain":
+        raise UsageError(
+            "--slo chooses for a server, and the plain layout has none",
+            hint="--layout triton, kserve or oci",
+        )
+    if fixed := [name for name in TOLD if given.get(name) is not None]:
+        flag = "--" + fixed[0].replace("_", "-")
+        raise UsageError(f"--slo chooses {flag}, which is given too", hint="leave one of them out")
+    entry = Candidate(name=model.artifact.path.name, artifact=model.artifact, backend=model.backend)
+    with Terminal() as terminal:
+        terminal.step(entry.name, "tune")
+        return tune(
+            entry, slo, data=data,
+            progress=lambda text, done, total: terminal.progress(done, total, text),
+        )  # fmt: skip
+
+
+def _told(tuned: Tuned) -> str:
+    best = tuned.chosen
+    return (
+        f"{tuned.slo}: batches of up to {best.batch_size}, {best.instances} x {best.threads} "
+        f"threads, queue delay {tuned.queue_delay_us} us: {best.samples_per_second:.4g} samples/s, "
+        f"a call takes {best.call_ms:.3g} ms; {len(tuned.tried)} settings were measured; "
+        f"{'; '.join(tuned.notes)}"
+    )
+
+
+def _documents(paths: tuple[Path, ...]) -> list[Json]:
+    """What was measured before. Raises InputError: one is not of deploykit."""
     documents = [_json.read(path) for path in paths]
     for path, document in zip(paths, documents, strict=True):
         if not str(document.get("schema")).startswith("deploykit."):
@@ -80,7 +125,7 @@ def _evidence(paths: tuple[Path, ...]) -> Json | None:
                 f"{path} is no document of deploykit (it has no such schema)",
                 hint="give what evaluate, compare or bench printed with --json",
             )
-    return {"schema": EVIDENCE, "documents": documents} if documents else None
+    return documents
 
 
 @click.command("sign", help=COMMANDS["sign"][1])
