@@ -174,8 +174,7 @@ def _settle(out: Path) -> None:
 
 def _waiting(path: Path) -> Artifact | None:
     """The artifact at `path` by a record that waits for it; None if that is of another model."""
-    waiting = _next_record(path)
-    if not waiting.exists() or not path.is_file():
+    if not path.is_file() or not (waiting := _next_record(path)).exists():
         return None
     try:
         return _described(path, waiting)
@@ -240,7 +239,7 @@ def last_record(path: Path) -> StageRecord | None:
     """How the model at a path was made; None where there is nothing whole."""
     try:
         artifact = read(path)
-    except (InputError, IntegrityError):
+    except (InputError, IntegrityError, OSError, ValueError):  # or no path for a file at all
         return None
     return artifact.history[-1] if artifact and artifact.history else None
 

@@ -146,10 +146,10 @@ def test_a_promise_is_kept_and_told(
     )  # fmt: skip
     line = again.out.splitlines()[0]
     assert line.endswith("kept: made before of the same inputs, options and versions")
-    assert re.search(
-        r"top1 0\.9\d+, was 0\.9\d+: .* 0\.0\d+ (allowed|may be lost,) on 500 samples", line
-    )
-    assert re.search(r"the float model on ort-cpu \(.* ms, was .* ms, one thread\)", line)
+    lost = r"top1 0\.9\d+, was 0\.9\d+: .* \[.*\] .* 0\.0\d+ (allowed|may be lost,) on 500 samples"
+    assert re.search(lost, line)
+    ran = r"\(.* ms, was .* ms, batch 1, one thread\)"
+    assert re.search(rf"x \[.*\] as fast as the float model on ort-cpu {ran}", line)
 
 
 def test_a_promise_that_cannot_be_kept_is_a_no_and_writes_nothing(
