@@ -167,7 +167,7 @@ def test_it_serves_through_publish_and_rollback_with_flat_memory(
 ):
     options = PublishOptions(url=server.grpc, keep=0)
     made = {}
-    for version in range(1, 4 + int(SOAK_S / 4)):
+    for version in range(1, 4 + int(SOAK_S / 2)):
         chosen = PackageOptions(name="soak", layout="triton", version=version)
         made[version] = tmp_path / str(version)
         package([(linear, "ort-cpu")], chosen, out=made[version], data=data)
@@ -189,7 +189,7 @@ def test_it_serves_through_publish_and_rollback_with_flat_memory(
         thread.start()
     began, memory, version = time.monotonic(), [], 1
     try:
-        while time.monotonic() - began < SOAK_S and version + 1 in made:
+        while time.monotonic() - began < SOAK_S:
             version += 1
             publish(made[version], server.repository, options)
             if version % 3 == 0:
