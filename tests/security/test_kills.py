@@ -89,7 +89,7 @@ def stage(name: str, place: Path, *, second: bool) -> tuple[object, ...]:
 
 
 STAGES = ("prune", "export", "distill", "convert", "quantize")
-SHARE = max(1, KILLS // (len(STAGES) + 4))
+SHARE = -(-KILLS // (len(STAGES) + 4))
 
 
 @pytest.mark.parametrize("name", STAGES)
