@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from deploykit import _files
 from deploykit.report.summary import size
 from deploykit.stages.quantize.account import MEASURED
@@ -42,8 +44,9 @@ def choice(name: str, found: Json) -> list[str]:
     """What was chosen, how near to the float model it is, and how fast where it will run."""
     near = f"{found['chosen']['sqnr_db']:.0f} dB to the float model"
     told = [name, f"{near} on {found['held_back_samples']} samples", *_kept(found)]
-    if not found.get("timed_on_target"):
-        return [*told, "not timed where it will run"]
+    timed = found.get("timed_on_target")  # None in a record of an older deploykit
+    if not timed:
+        return told if timed is None else [*told, "not timed where it will run"]
     ratio = found["chosen"]["time_ratio"]
     low, high = (1 / bound for bound in reversed(found["chosen"]["time_ratio_95"]))
     before, after = (_ms(found["chosen"][key]) for key in ("float_ms", "ms"))
@@ -62,9 +65,14 @@ def _kept(found: Json) -> list[str]:
     if chosen["drop"] is None:
         return []
     allowed = found["max_drop"]
-    value, (low, high) = chosen["drop"], chosen["drop_95"]
-    lost = f"{value:.2g} [{low:.2g}, {high:.2g}] lost of {allowed:.2g} allowed"
+    value, bounds = chosen["drop"], chosen.get("drop_95")  # not in an older record
+    lost = f"{value:.2g}{_bracketed(bounds)} lost of {allowed:.2g} allowed"
     if value < 0:
-        lost = f"{-value:.2g} [{-high:.2g}, {-low:.2g}] gained, {allowed:.2g} may be lost,"
+        bounds = bounds and [-bound for bound in reversed(bounds)]
+        lost = f"{-value:.2g}{_bracketed(bounds)} gained, {allowed:.2g} may be lost,"
     where = f"on {chosen['scored_samples']} samples"
     return [f"{found['metric']} {chosen['score']:.4g}, was {float_score:.4g}: {lost} {where}"]
+
+
+def _bracketed(bounds: Sequence[float] | None) -> str:
+    return f" [{bounds[0]:.2g}, {bounds[1]:.2g}]" if bounds else ""

@@ -60,3 +60,8 @@ def test_what_was_timed_elsewhere_has_no_speed_up(tmp_path: Path) -> None:
     first = quantized(tmp_path, timed_on_target=False)[0]
     assert first.endswith("not timed where it will run")
     assert "as fast" not in first
+
+
+def test_a_record_of_an_older_deploykit_is_told_as_far_as_it_goes(tmp_path: Path) -> None:
+    first = quantized(tmp_path, drop_95=None, timed_on_target=None)[0]
+    assert first.endswith("0.002 lost of 0.005 allowed on 100 samples")
