@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from deploykit._lazy import needs
 from deploykit.backends._common import check_feed, missing_library, refused, running
+from deploykit.session import Closing
 from deploykit.values import Array, Artifact, Feed, Format, Kernel, Placement, SessionOptions
 
 _TYPES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "int8", "i4": "int4"}
@@ -34,7 +34,7 @@ class OpenVino:
         return OpenVinoSession(artifact, options)
 
 
-class OpenVinoSession:
+class OpenVinoSession(Closing):
     """A compiled model and one inference request."""
 
     def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
@@ -92,15 +92,8 @@ class OpenVinoSession:
             for names, kind, precision in [key]
         )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Let go of the compiled model."""
         del self._request, self._compiled
 
 

@@ -8,8 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from deploykit._lazy import needs
 from deploykit.backends._common import check_feed, missing_library, refused, running
 from deploykit.environment import versions
 from deploykit.errors import MissingError
+from deploykit.session import Closing
 from deploykit.values import Array, Artifact, Feed, Format, Kernel, Placement, SessionOptions
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -70,7 +70,7 @@ class OrtGpu:
         return OrtSession(artifact, options, self._provider)
 
 
-class OrtSession:
+class OrtSession(Closing):
     """An InferenceSession on one provider, with fixed threads."""
 
     def __init__(self, artifact: Artifact, options: SessionOptions, provider: str) -> None:
@@ -144,15 +144,8 @@ class OrtSession:
             events = json.loads(Path(session.end_profiling()).read_text())
         return [e for e in events if e.get("cat") == "Node" and "provider" in e.get("args", {})]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Let go of the session."""
         del self._opened
 
 

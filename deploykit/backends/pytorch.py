@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from deploykit.backends._common import check_feed, missing_library
 from deploykit.errors import InputError
 from deploykit.formats import torch_folder, torch_module
+from deploykit.session import Closing
 from deploykit.values import Array, Artifact, Feed, Format, Kernel, Placement, SessionOptions
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class PyTorchCompile:
         return PyTorchCompileSession(artifact, options)
 
 
-class PyTorchSession:
+class PyTorchSession(Closing):
     """A module in evaluation mode. The number of threads is the process's, set at each run."""
 
     def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
@@ -118,15 +119,8 @@ class PyTorchSession:
         rest = Kernel(names=(), operator="between modules", microseconds=rest_ns / runs / 1e3)
         return (*told, rest)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Let go of the module."""
         del self._module
 
 

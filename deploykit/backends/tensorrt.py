@@ -6,8 +6,7 @@ import importlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from statistics import median
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from deploykit.backends._cuda import Cuda, Graph
 from deploykit.backends._tensorrt_buffers import Buffers
 from deploykit.errors import InputError, ResourceError
 from deploykit.formats import engine_file, engine_layers
+from deploykit.session import Closing
 from deploykit.values import Array, Artifact, Feed, Format, Kernel, Placement, SessionOptions
 
 _CONTEXTS = 4
@@ -48,7 +48,7 @@ class TensorRt:
         return TensorRtSession(artifact, options, trt=trt, cuda=_cuda.connect(), plan=plan)
 
 
-class TensorRtSession:
+class TensorRtSession(Closing):
     """A deserialized engine, with an execution context for each set of input shapes."""
 
     def __init__(
@@ -193,15 +193,8 @@ class TensorRtSession:
 
         return call
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Free the graphs, the buffers and the engine, in this order."""
         for graph in self._graphs:
             graph.close()
         for buffers in self._buffers.values():

@@ -6,8 +6,6 @@ import logging
 import threading
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from deploykit import environment as environments
 from deploykit.backends import open_session
@@ -17,7 +15,7 @@ from deploykit.bundle.manifest import Engine
 from deploykit.environment import Environment
 from deploykit.errors import AnswerIsNo, MissingError
 from deploykit.layouts import oci
-from deploykit.session import Session
+from deploykit.session import Closing, Session
 from deploykit.values import Array, Feed, Preprocessing, SessionOptions, TensorSpec
 
 log = logging.getLogger("deploykit")
@@ -25,7 +23,7 @@ _SAFE = frozenset({"ort-cpu"})
 """Backends whose session many threads may run at once; others run one call at a time."""
 
 
-class Loaded:
+class Loaded(Closing):
     """A model of a bundle, checked, warmed up and ready; `run` may be called from any thread."""
 
     def __init__(self, whole: Whole, engine: Engine, session: Session, stack: ExitStack) -> None:
@@ -49,17 +47,6 @@ class Loaded:
     def close(self) -> None:
         """Free the model. Calls that still run must have ended."""
         self._stack.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def load(

@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
-from types import TracebackType
-from typing import Self
 
 from pydantic import ValidationError
 
+from deploykit.session import Closing
 from deploykit.values import V, Value
 
 # -P: the folder that one happens to be in is no place to import from; PYTHONPATH below says it all.
@@ -28,7 +27,7 @@ class ChildError(Exception):
     """A worker gave no answer; the text says why."""
 
 
-class Child:
+class Child(Closing):
     """One worker process, in a process group of its own that is killed on leaving the context."""
 
     def __init__(self, command: Sequence[str], folder: Path, threads: int) -> None:
@@ -116,17 +115,6 @@ class Child:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe:
                 pipe.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _environment(threads: int) -> dict[str, str]:

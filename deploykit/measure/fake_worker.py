@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping
 from itertools import count
 from threading import Event
 from time import perf_counter_ns, sleep
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from deploykit.errors import MissingError
 from deploykit.measure.worker import main
+from deploykit.session import Closing
 from deploykit.values import Artifact, Kernel, Placement, SessionOptions
 
 WORKER = (sys.executable, "-P", "-m", "deploykit.measure.fake_worker")
@@ -39,7 +39,7 @@ def spin(milliseconds: float) -> None:
         pass
 
 
-class FakeSession:
+class FakeSession(Closing):
     """A session that computes nothing, and takes its time for it."""
 
     def __init__(self, artifact: Artifact, behaviour: str, milliseconds: float) -> None:
@@ -130,16 +130,8 @@ class FakeSession:
             if time
         )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        pass
+    def close(self) -> None:
+        """Do nothing: nothing is held."""
 
 
 def fake_open(artifact: Artifact, backend: str, options: SessionOptions) -> FakeSession:
