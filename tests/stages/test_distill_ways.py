@@ -316,12 +316,13 @@ def test_two_processes_learn_what_one_learns(
         tmp_path / "program.py", student.path, teacher.path, tmp_path / "data.npz",
         tmp_path / "two", options.model_dump_json(),
     ]  # fmt: skip
-    subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
          *map(str, words)],
-        check=True, capture_output=True, timeout=300,
+        capture_output=True, text=True, timeout=300,
         env={**os.environ, "PYTHONPATH": str(ROOT_PATH)},
     )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
     two = store.read(tmp_path / "two")
     assert two is not None
     assert two.facts["processes"] == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,4 +76,5 @@ def joined() -> Iterator[Crew]:
         yield Crew(dist.get_rank(), dist.get_world_size())
     finally:
         if own:
+            gc.collect()  # a module in a cycle would keep the group's threads to the very end: abort
             dist.destroy_process_group()
