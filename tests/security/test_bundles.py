@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper
 
 from deploykit import environment
 from deploykit.bundle import PackageOptions, package, sign, verify
@@ -25,6 +27,7 @@ from tests.bundle.test_verification import relist
 from tests.cli.conftest import Command
 from tests.security.conftest import Case, unchanged
 from tests.security.small import Place, Words
+from tests.security.test_models import bomb, of_nodes, twice
 
 ec = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ec")
 pytest.importorskip("model_signing", reason="model-signing is not installed: deploykit[sign]")
@@ -132,6 +135,31 @@ def test_a_signed_bundle_that_was_changed(
         if "parent" not in fault.name:  # a repository makes a private copy
             published = deploykit("publish", bundle, tmp_path / "repository", *key)
             assert published.code == 5, published.err
+
+
+@pytest.mark.parametrize(
+    ("model", "code", "told"),
+    [
+        (bomb, 6, "memory"),
+        (of_nodes(helper.make_node("EPContext", ["x"], ["y"], domain="com.microsoft")), 5,
+         "need native code of others"),
+        (twice, 5, "net/3/model.onnx"),
+    ],
+    ids=["takes all memory", "native code", "unsound"],
+)  # fmt: skip
+def test_a_model_that_nobody_signed_for_is_first_read_by_a_process_with_limits(
+    model: Callable[[], onnx.ModelProto], code: int, told: str, sound: Path, tmp_path: Path,
+    deploykit: Command,
+) -> None:  # fmt: skip
+    bundle = Path(shutil.copytree(sound, tmp_path / "in" / "bundle"))
+    onnx.save(model(), bundle / MODEL)
+    relist(bundle, MODEL)
+    (tmp_path / "repository").mkdir()
+    with unchanged(tmp_path):
+        said = deploykit("verify", bundle)
+        assert said.code == code
+        assert told in said.err
+        assert deploykit("publish", bundle, tmp_path / "repository").code == code
 
 
 def test_all_faults_are_told_at_once(
