@@ -2,27 +2,27 @@
 
 Pairs of QuantizeLinear and DequantizeLinear become fake quantization, whose scales are learned too
 (LSQ, Esser et al. 2020, arXiv:1902.08153); gradients pass the rounding as if it were not there
-(Bengio et al. 2013, arXiv:1308.3432). What was learned goes back into the same graph. Import this
-where a training begins: it needs torch at once.
+(Bengio et al. 2013, arXiv:1308.3432). What was learned goes back into the same graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
-import torch
-from onnx import numpy_helper
-from torch import Tensor, nn
 
 from deploykit.errors import InputError
 from deploykit.formats import onnx_file
-from deploykit.formats.onnx_operators import DTYPES, OPERATORS
+from deploykit.formats.onnx_operators import operators
+from deploykit.formats.onnx_trainable import PAIR, check
 from deploykit.values import Array
+
+if TYPE_CHECKING:
+    import onnx
+    from torch import Tensor, nn
 
 LARGEST_BIAS = 2**31 - 128
 """The largest int32 that is a float32 too."""
@@ -31,13 +31,10 @@ LEARNED = {
     "LayerNormalization": (1, 2),
 }  # fmt: skip
 """Inputs that are learned where they are float constants of more than one number."""
-PAIR = ("QuantizeLinear", "DequantizeLinear")
 LEVELS = {np.dtype(np.uint8): (0, 255), np.dtype(np.int8): (-128, 127)}
 """Lowest and highest integer."""
 MOST_MOVED = 2.0
 """Bound of the logarithm of a scale over its first value."""
-UNSIGNED = torch.zeros((), dtype=torch.uint8)
-"""The zero point of a QuantizeLinear that names none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +59,8 @@ class Bias:
     of_weights: str
 
 
-class GraphModule(nn.Module):
-    """A graph whose weights, and scales of Q/DQ pairs, are parameters; called with its inputs.
+class TrainedGraph:
+    """A graph whose weights, and scales of Q/DQ pairs, are parameters.
 
     A scale is its first value times the exponential of what begins at 0 and is bounded: so it stays
     positive and sane, and weight decay draws it to what calibration found.
@@ -71,19 +68,22 @@ class GraphModule(nn.Module):
 
     def __init__(self, model: onnx.ModelProto, name: str) -> None:
         """Raises InputError: it holds what cannot be trained."""
-        super().__init__()
+        import torch
+        from onnx import numpy_helper
+
         tensors = {tensor.name: tensor for tensor in model.graph.initializer}
         tensors |= {
             n.output[0]: n.attribute[0].t for n in model.graph.node if n.op_type == "Constant"
         }
         self._nodes = [node for node in model.graph.node if node.op_type != "Constant"]
-        _check(self._nodes, tensors.values(), name)
+        check(self._nodes, tensors.values(), name)
         self._inputs = [v.name for v in model.graph.input if v.name not in tensors]
         self._outputs = [v.name for v in model.graph.output]
         self._attributes = [_attributes(node) for node in self._nodes]
         self._constants = {
             key: torch.tensor(numpy_helper.to_array(t)) for key, t in tensors.items()
         }
+        self._operators = operators()
         self._learned: dict[str, nn.Parameter] = {}
         self._weights: dict[str, Weights] = {}
         self._biases: dict[str, Bias] = {}
@@ -92,7 +92,7 @@ class GraphModule(nn.Module):
         self._read_pairs(name)
         self._read_floats()
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The outputs in their order."""
         values = dict(zip(self._inputs, inputs, strict=True))
         for node, attributes in zip(self._nodes, self._attributes, strict=True):
@@ -100,18 +100,26 @@ class GraphModule(nn.Module):
                 values[node.output[0]] = self._pair(node, values)
                 continue
             given = [self._value(key, values) for key in node.input]
-            made = OPERATORS[node.op_type](attributes, *given)
+            made = self._operators[node.op_type](attributes, *given)
             outputs = made if isinstance(made, tuple) else (made,)
             values.update(zip(node.output, outputs, strict=False))
         return tuple(values[key] for key in self._outputs)
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is learned."""
+        return list(self._learned.values())
+
     def trained(self) -> dict[str, Array]:
         """The constants as they are now, by name: integers and scales where they are quantized."""
+        import torch
+
         quantized = {w.integers for w in self._weights.values()}
         quantized |= {b.integers for b in self._biases.values()}
         scales = set(self._strides)
         with torch.no_grad():
-            found = {k: p for k, p in self._learned.items() if k not in quantized | scales}
+            floats = self._learned.keys() - quantized - scales
+            found: dict[str, Tensor] = {key: self._learned[key] for key in floats}
             found |= {key: self._scale(key) for key in scales}
             for weights in self._weights.values():
                 integers = self._levels(weights, round_=torch.round)
@@ -126,6 +134,8 @@ class GraphModule(nn.Module):
     # Reading
 
     def _read_pairs(self, name: str) -> None:
+        import torch
+
         readers = {node.input[2]: node for node in self._nodes if len(node.input) > 2}
         sources = {n.output[0]: n.input[1] for n in self._nodes if n.op_type == "DequantizeLinear"}
         for node, attributes in zip(self._nodes, self._attributes, strict=True):
@@ -156,6 +166,8 @@ class GraphModule(nn.Module):
     def _read_weights(
         self, node: onnx.NodeProto, attributes: dict[str, Any], integers: Tensor
     ) -> Weights:
+        import torch
+
         scale = self._constants[node.input[1]]
         zero = self._constants[node.input[2]].float() if len(node.input) > 2 else torch.zeros(())
         axis = int(attributes.get("axis", 1)) % integers.ndim if scale.ndim else None
@@ -171,6 +183,8 @@ class GraphModule(nn.Module):
         return made
 
     def _read_floats(self) -> None:
+        import torch
+
         for node in self._nodes:
             for key in (
                 node.input[i] for i in LEARNED.get(node.op_type, ()) if i < len(node.input)
@@ -183,11 +197,14 @@ class GraphModule(nn.Module):
 
     def _learn(self, key: str, start: Tensor) -> None:
         """Make a tensor a parameter, once."""
+        from torch import nn
+
         if key not in self._learned:
             self._learned[key] = nn.Parameter(start.float().clone())
-            self.register_parameter(f"learned_{len(self._learned)}", self._learned[key])
 
     def _learn_scale(self, key: str) -> None:
+        import torch
+
         self._learn(key, torch.zeros_like(self._constants[key]))
 
     # Running
@@ -199,10 +216,12 @@ class GraphModule(nn.Module):
 
     def _pair(self, node: onnx.NodeProto, values: dict[str, Tensor]) -> Tensor:
         """What a QuantizeLinear and its DequantizeLinear come to; the first does it all."""
+        import torch
+
         out = node.output[0]
         if out in self._weights:
             weights = self._weights[out]
-            levels = self._levels(weights, round_=_Round.apply)
+            levels = self._levels(weights, round_=_rounded)
             scale = _along(self._scale(weights.scale), weights.axis, levels)
             return (levels - _along(weights.zero, weights.axis, levels)) * scale
         if out in self._biases:
@@ -211,21 +230,25 @@ class GraphModule(nn.Module):
         assert x is not None  # noqa: S101 - onnx's checker has seen to it
         if node.op_type == "DequantizeLinear":
             return x
-        zero = self._constants.get(node.input[2] if len(node.input) > 2 else "", UNSIGNED)
-        low, high = LEVELS[zero.numpy().dtype]
+        point = self._constants[node.input[2]].numpy() if len(node.input) > 2 else np.uint8(0)
+        low, high = LEVELS[point.dtype]
         if node.input[1] not in self._strides:
             self._set_stride(node.input[1], x[0].numel(), high)
-        scale, offset = self._scale(node.input[1]), int(zero)
-        levels = torch.clamp(_Round.apply(x / scale), low - offset, high - offset)
+        scale, offset = self._scale(node.input[1]), int(point)
+        levels = torch.clamp(_rounded(x / scale), low - offset, high - offset)
         return levels * scale
 
     def _levels(self, weights: Weights, *, round_: Any) -> Tensor:
+        import torch
+
         values = self._learned[weights.integers]
         scale = _along(self._scale(weights.scale), weights.axis, values)
         zero = _along(weights.zero, weights.axis, values)
         return torch.clamp(round_(values / scale) + zero, weights.low, weights.high)
 
     def _scale(self, key: str) -> Tensor:
+        import torch
+
         stride = self._strides.get(key)
         first = self._constants[key]
         if stride is None:
@@ -238,28 +261,44 @@ class GraphModule(nn.Module):
         self._strides.setdefault(key, (numbers * high) ** -0.25 / largest)
 
 
-class _Round(torch.autograd.Function):
-    """Round half to even; the gradient passes."""
+def _rounded(x: Tensor) -> Tensor:
+    """Half to even; the gradient passes."""
+    import torch
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        del ctx
-        return torch.round(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        del ctx
-        return gradient
+    return x + (torch.round(x) - x).detach()
 
 
-def load(path: Path) -> GraphModule:
+def load(path: Path) -> nn.Module:
     """Open a model for training. Raises InputError: it holds what cannot be trained."""
-    return GraphModule(onnx_file.read(path), str(path))
+    return module_of(TrainedGraph(onnx_file.read(path), str(path)))
 
 
-def write(module: GraphModule, source: Path) -> onnx.ModelProto:
-    """The model of `source` with what the module has learned."""
-    model, learned = onnx_file.read(source), module.trained()
+def module_of(graph: TrainedGraph) -> nn.Module:
+    """The graph as a module, called with its inputs; `graph` of it is the graph."""
+    from torch import nn
+
+    class GraphModule(nn.Module):
+        """A graph that runs as a module does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.graph = graph
+            for number, parameter in enumerate(graph.parameters):
+                self.register_parameter(f"learned_{number}", parameter)
+
+        def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+            return graph.run(inputs)
+
+    return GraphModule()
+
+
+def write(module: nn.Module, source: Path) -> onnx.ModelProto:
+    """The model of `source` with what a module of `load` has learned."""
+    from onnx import numpy_helper
+
+    graph = module.graph
+    assert isinstance(graph, TrainedGraph)  # noqa: S101 - `load` has made it
+    model, learned = onnx_file.read(source), graph.trained()
     for tensor in model.graph.initializer:
         if tensor.name in learned:
             tensor.CopyFrom(numpy_helper.from_array(learned.pop(tensor.name), tensor.name))
@@ -279,6 +318,10 @@ def _along(tensor: Tensor, axis: int | None, like: Tensor) -> Tensor:
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    import onnx
+    import torch
+    from onnx import numpy_helper
+
     found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     for key, value in found.items():
         if isinstance(value, onnx.TensorProto):
@@ -286,24 +329,3 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     if node.op_type == "Split":
         found["outputs"] = len(node.output)
     return found
-
-
-def _check(nodes: Iterable[onnx.NodeProto], tensors: Iterable[onnx.TensorProto], name: str) -> None:
-    """Raises InputError: operators or types that no gradient goes through here."""
-    odd = sorted({problem for node in nodes for problem in _problems(node)})
-    kinds = {t.data_type for t in tensors} - set(DTYPES)
-    odd += [f"constants in {onnx.TensorProto.DataType.Name(kind)}" for kind in sorted(kinds)]
-    if odd:
-        raise InputError(
-            f"{name} cannot be trained: {', '.join(odd)}",
-            hint="train the PyTorch model before the export",
-        )
-
-
-def _problems(node: onnx.NodeProto) -> Iterator[str]:
-    if node.domain not in ("", "ai.onnx"):
-        yield f"{node.domain}::{node.op_type}"
-    elif node.op_type not in OPERATORS and node.op_type not in PAIR:
-        yield node.op_type
-    elif node.op_type in PAIR and any(a.name == "block_size" and a.i for a in node.attribute):
-        yield "weights in blocks (int4)"

@@ -5,20 +5,22 @@ Each is called with the node's attributes and its inputs, None for one that is l
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Attributes = Mapping[str, Any]
 Operator = Callable[..., Any]
 
 DTYPES = {
-    1: torch.float32, 2: torch.uint8, 3: torch.int8, 6: torch.int32, 7: torch.int64,
-    9: torch.bool, 10: torch.float16, 11: torch.float64, 16: torch.bfloat16,
+    1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16",
+    11: "float64", 16: "bfloat16",
 }  # fmt: skip
 """By the number that ONNX gives a type."""
 
@@ -49,6 +51,8 @@ def _pads(x: Tensor, attributes: Attributes, kernel: Sequence[int]) -> list[int]
 
 
 def _padded(x: Tensor, pads: Sequence[int], value: float = 0.0) -> Tensor:
+    from torch.nn import functional
+
     dims = len(pads) // 2
     pairs = [(pads[i], pads[i + dims]) for i in reversed(range(dims))]
     flat = [n for pair in pairs for n in pair]
@@ -56,49 +60,60 @@ def _padded(x: Tensor, pads: Sequence[int], value: float = 0.0) -> Tensor:
 
 
 def _conv(a: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    from torch.nn import functional
+
     dims = w.ndim - 2
     convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[dims - 1]
     x = _padded(x, _pads(x, a, w.shape[2:]))
     ones = [1] * dims
     stride, dilation = tuple(a.get("strides", ones)), tuple(a.get("dilations", ones))
-    return convolve(x, w, b, stride, 0, dilation, a.get("group", 1))  # type: ignore[operator,no-any-return]
+    return convolve(x, w, b, stride, 0, dilation, a.get("group", 1))
 
 
 def _gemm(a: Attributes, x: Tensor, w: Tensor, c: Tensor | None = None) -> Tensor:
     x = x.t() if a.get("transA", 0) else x
     w = w.t() if a.get("transB", 0) else w
-    product = a.get("alpha", 1.0) * (x @ w)
-    return product if c is None else product + a.get("beta", 1.0) * c
+    product = (x @ w) * float(a.get("alpha", 1.0))
+    return product if c is None else product + c * float(a.get("beta", 1.0))
 
 
 def _max_pool(a: Attributes, x: Tensor) -> Tensor:
+    from torch.nn import functional
+
     kernel = a["kernel_shape"]
     pool = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[len(kernel) - 1]
     x = _padded(x, _pads(x, a, kernel), -math.inf)
     ones = [1] * len(kernel)
     strides, dilations = tuple(a.get("strides", ones)), tuple(a.get("dilations", ones))
-    return pool(x, tuple(kernel), strides, 0, dilations, bool(a.get("ceil_mode", 0)))  # type: ignore[no-any-return]
+    return pool(x, tuple(kernel), strides, 0, dilations, bool(a.get("ceil_mode", 0)))
 
 
 def _average_pool(a: Attributes, x: Tensor) -> Tensor:
+    import torch
+    from torch.nn import functional
+
     kernel = tuple(a["kernel_shape"])
     pool = (functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d)[len(kernel) - 1]
     strides, ceil = tuple(a.get("strides", [1] * len(kernel))), bool(a.get("ceil_mode", 0))
     pads = _pads(x, a, kernel)
     if a.get("count_include_pad", 0) or not any(pads):
-        return pool(_padded(x, pads), kernel, strides, 0, ceil)  # type: ignore[operator,no-any-return]
+        return pool(_padded(x, pads), kernel, strides, 0, ceil)
     ones = _padded(torch.ones_like(x[:1, :1]), pads)
-    share = pool(ones, kernel, strides, 0, ceil)  # type: ignore[operator]
-    return pool(_padded(x, pads), kernel, strides, 0, ceil) / share  # type: ignore[operator,no-any-return]
+    share = pool(ones, kernel, strides, 0, ceil)
+    return pool(_padded(x, pads), kernel, strides, 0, ceil) / share
 
 
 def _batch_norm(
     a: Attributes, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor
 ) -> Tensor:
+    from torch.nn import functional
+
     return functional.batch_norm(x, mean, var, scale, bias, eps=a.get("epsilon", 1e-5))
 
 
 def _layer_norm(a: Attributes, x: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    from torch.nn import functional
+
     shape = x.shape[a.get("axis", -1) % x.ndim :]
     found = functional.layer_norm(x, tuple(shape), eps=a.get("epsilon", 1e-5)) * scale
     return found if bias is None else found + bias
@@ -107,6 +122,8 @@ def _layer_norm(a: Attributes, x: Tensor, scale: Tensor, bias: Tensor | None = N
 def _clip(
     a: Attributes, x: Tensor, low: Tensor | None = None, high: Tensor | None = None
 ) -> Tensor:
+    import torch
+
     least = low if low is not None else a.get("min")
     most = high if high is not None else a.get("max")
     if least is not None:
@@ -167,6 +184,8 @@ def _slice(
 
 
 def _gather(a: Attributes, x: Tensor, index: Tensor) -> Tensor:
+    import torch
+
     axis = int(a.get("axis", 0)) % x.ndim
     number = torch.where(index < 0, index + x.shape[axis], index).long()
     found = x.index_select(axis, number.reshape(-1))
@@ -174,11 +193,14 @@ def _gather(a: Attributes, x: Tensor, index: Tensor) -> Tensor:
 
 
 def _split(a: Attributes, x: Tensor, given: Tensor | None = None) -> tuple[Tensor, ...]:
+    import torch
+
     axis, sizes = int(a.get("axis", 0)), _numbers(a, "split", given)
     if sizes is None:
-        parts = int(a["outputs"])
-        return x.split(math.ceil(x.shape[axis] / parts), axis)
-    return x.split(sizes, axis)
+        part = math.ceil(x.shape[axis] / a["outputs"])
+        sizes = [part] * (a["outputs"] - 1)
+    ends = list(itertools.accumulate(sizes[: a["outputs"] - 1]))
+    return torch.tensor_split(x, ends, axis)
 
 
 def _pad(
@@ -195,6 +217,8 @@ def _resize(
     a: Attributes, x: Tensor, roi: Tensor | None = None, scales: Tensor | None = None,
     sizes: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    from torch.nn import functional
+
     del roi
     if sizes is not None:
         target = [int(n) for n in sizes.tolist()]
@@ -212,42 +236,60 @@ def _resize(
 
 
 def _cast(a: Attributes, x: Tensor) -> Tensor:
-    return x.to(DTYPES[a["to"]])
+    import torch
+
+    return x.to(getattr(torch, DTYPES[a["to"]]))
 
 
 def _constant_of_shape(a: Attributes, shape: Tensor) -> Tensor:
+    import torch
+
     value = a.get("value", torch.zeros(1))
-    return value.reshape(()).expand([int(n) for n in shape.tolist()]).clone()
+    return torch.full([int(n) for n in shape.tolist()], value.item(), dtype=value.dtype)
 
 
 def _hard_sigmoid(a: Attributes, x: Tensor) -> Tensor:
+    import torch
+
     return torch.clamp(a.get("alpha", 0.2) * x + a.get("beta", 0.5), 0.0, 1.0)
 
 
 def _hard_swish(a: Attributes, x: Tensor) -> Tensor:
+    import torch
+
     del a
     return x * torch.clamp(x / 6 + 0.5, 0.0, 1.0)
 
 
 def _gelu(a: Attributes, x: Tensor) -> Tensor:
+    from torch.nn import functional
+
     return functional.gelu(x, approximate=a.get("approximate", b"none").decode())
 
 
 def _expand(a: Attributes, x: Tensor, shape: Tensor) -> Tensor:
+    import torch
+
     del a
-    return x.expand(torch.broadcast_shapes(x.shape, [int(n) for n in shape.tolist()]))
+    return x * torch.ones([int(n) for n in shape.tolist()], dtype=x.dtype)
 
 
 def _shape(a: Attributes, x: Tensor) -> Tensor:
+    import torch
+
     return torch.tensor(x.shape)[a.get("start", 0) : a.get("end")]
 
 
 def _prelu(a: Attributes, x: Tensor, slope: Tensor) -> Tensor:
+    import torch
+
     del a
     return torch.where(x < 0, x * slope, x)
 
 
 def _divide(a: Attributes, x: Tensor, y: Tensor) -> Tensor:
+    import torch
+
     del a
     return x / y if x.is_floating_point() else torch.div(x, y, rounding_mode="trunc")
 
@@ -256,35 +298,43 @@ def _plain(function: Callable[..., Any]) -> Operator:
     return lambda _, *inputs: function(*inputs)
 
 
-OPERATORS: dict[str, Operator] = {
-    "Conv": _conv, "Gemm": _gemm, "MatMul": _plain(torch.matmul),
-    "Add": _plain(torch.add), "Sub": _plain(torch.sub), "Mul": _plain(torch.mul), "Div": _divide,
-    "Pow": _plain(torch.pow), "Sqrt": _plain(torch.sqrt), "Exp": _plain(torch.exp),
-    "Log": _plain(torch.log), "Neg": _plain(torch.neg), "Abs": _plain(torch.abs),
-    "Erf": _plain(torch.erf), "Reciprocal": _plain(torch.reciprocal),
-    "Not": _plain(torch.logical_not),
-    "Equal": _plain(torch.eq), "Less": _plain(torch.lt), "Greater": _plain(torch.gt),
-    "LessOrEqual": _plain(torch.le), "GreaterOrEqual": _plain(torch.ge),
-    "And": _plain(torch.logical_and), "Or": _plain(torch.logical_or), "Where": _plain(torch.where),
-    "Min": _plain(lambda *x: torch.stack(torch.broadcast_tensors(*x)).amin(0)),
-    "Max": _plain(lambda *x: torch.stack(torch.broadcast_tensors(*x)).amax(0)),
-    "Relu": _plain(torch.relu), "Sigmoid": _plain(torch.sigmoid), "Tanh": _plain(torch.tanh),
-    "HardSigmoid": _hard_sigmoid, "HardSwish": _hard_swish, "Gelu": _gelu, "PRelu": _prelu,
-    "LeakyRelu": lambda a, x: functional.leaky_relu(x, a.get("alpha", 0.01)),
-    "Elu": lambda a, x: functional.elu(x, a.get("alpha", 1.0)),
-    "Softplus": _plain(functional.softplus), "Clip": _clip,
-    "Softmax": lambda a, x: torch.softmax(x, a.get("axis", -1)),
-    "LogSoftmax": lambda a, x: torch.log_softmax(x, a.get("axis", -1)),
-    "BatchNormalization": _batch_norm, "LayerNormalization": _layer_norm,
-    "GlobalAveragePool": _plain(lambda x: x.mean(tuple(range(2, x.ndim)), keepdim=True)),
-    "GlobalMaxPool": _plain(lambda x: x.amax(tuple(range(2, x.ndim)), keepdim=True)),
-    "MaxPool": _max_pool, "AveragePool": _average_pool,
-    "ReduceMean": _reduced(torch.mean), "ReduceSum": _reduced(torch.sum),
-    "ReduceMax": _reduced(torch.amax), "ReduceMin": _reduced(torch.amin),
-    "Reshape": _reshape, "Flatten": _flatten, "Squeeze": _squeeze, "Unsqueeze": _unsqueeze,
-    "Transpose": lambda a, x: x.permute(a.get("perm", list(reversed(range(x.ndim))))),
-    "Concat": lambda a, *x: torch.cat(x, a["axis"]), "Slice": _slice, "Gather": _gather,
-    "Split": _split, "Pad": _pad, "Resize": _resize, "Expand": _expand, "Shape": _shape,
-    "Cast": _cast, "ConstantOfShape": _constant_of_shape, "Identity": _plain(lambda x: x),
-    "Dropout": _plain(lambda x, *_: x),
-}  # fmt: skip
+@cache
+def operators() -> dict[str, Operator]:
+    """By the name of the operator."""
+    import torch
+    from torch.nn import functional
+
+    return {
+        "Conv": _conv, "Gemm": _gemm, "MatMul": _plain(torch.matmul),
+        "Add": _plain(torch.add), "Sub": _plain(torch.sub), "Mul": _plain(torch.mul),
+        "Div": _divide,
+        "Pow": _plain(torch.pow), "Sqrt": _plain(torch.sqrt), "Exp": _plain(torch.exp),
+        "Log": _plain(torch.log), "Neg": _plain(torch.neg), "Abs": _plain(torch.abs),
+        "Erf": _plain(torch.erf), "Reciprocal": _plain(torch.reciprocal),
+        "Not": _plain(torch.logical_not),
+        "Equal": _plain(torch.eq), "Less": _plain(torch.lt), "Greater": _plain(torch.gt),
+        "LessOrEqual": _plain(torch.le), "GreaterOrEqual": _plain(torch.ge),
+        "And": _plain(torch.logical_and), "Or": _plain(torch.logical_or),
+        "Where": _plain(torch.where),
+        "Min": _plain(lambda *x: functools.reduce(torch.minimum, x)),
+        "Max": _plain(lambda *x: functools.reduce(torch.maximum, x)),
+        "Relu": _plain(torch.relu), "Sigmoid": _plain(torch.sigmoid), "Tanh": _plain(torch.tanh),
+        "HardSigmoid": _hard_sigmoid, "HardSwish": _hard_swish, "Gelu": _gelu, "PRelu": _prelu,
+        "LeakyRelu": lambda a, x: functional.leaky_relu(x, a.get("alpha", 0.01)),
+        "Elu": lambda a, x: functional.elu(x, a.get("alpha", 1.0)),
+        "Softplus": _plain(functional.softplus), "Clip": _clip,
+        "Softmax": lambda a, x: torch.softmax(x, a.get("axis", -1)),
+        "LogSoftmax": lambda a, x: torch.log_softmax(x, a.get("axis", -1)),
+        "BatchNormalization": _batch_norm, "LayerNormalization": _layer_norm,
+        "GlobalAveragePool": _plain(lambda x: x.mean(tuple(range(2, x.ndim)), keepdim=True)),
+        "GlobalMaxPool": _plain(lambda x: x.amax(tuple(range(2, x.ndim)), keepdim=True)),
+        "MaxPool": _max_pool, "AveragePool": _average_pool,
+        "ReduceMean": _reduced(torch.mean), "ReduceSum": _reduced(torch.sum),
+        "ReduceMax": _reduced(torch.amax), "ReduceMin": _reduced(torch.amin),
+        "Reshape": _reshape, "Flatten": _flatten, "Squeeze": _squeeze, "Unsqueeze": _unsqueeze,
+        "Transpose": lambda a, x: x.permute(a.get("perm", list(reversed(range(x.ndim))))),
+        "Concat": lambda a, *x: torch.cat(x, a["axis"]), "Slice": _slice, "Gather": _gather,
+        "Split": _split, "Pad": _pad, "Resize": _resize, "Expand": _expand, "Shape": _shape,
+        "Cast": _cast, "ConstantOfShape": _constant_of_shape, "Identity": _plain(lambda x: x),
+        "Dropout": _plain(lambda x, *_: x),
+    }  # fmt: skip

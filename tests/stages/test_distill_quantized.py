@@ -172,7 +172,7 @@ def test_an_engine_that_computes_something_else_is_refused(
     student = clipped(teacher_onnx, calibration, tmp_path / "q.onnx", scope="all")
     original = onnx_module.write
 
-    def off(module: onnx_module.GraphModule, source: Path) -> onnx.ModelProto:
+    def off(module: torch.nn.Module, source: Path) -> onnx.ModelProto:
         model = original(module, source)
         for tensor in model.graph.initializer:
             array = numpy_helper.to_array(tensor)

@@ -9,7 +9,7 @@ import numpy as np
 
 from deploykit.backends import open_session
 from deploykit.errors import AnswerIsNo, InputError
-from deploykit.formats import onnx_file, onnx_weights, torch_folder
+from deploykit.formats import onnx_file, onnx_module, onnx_weights, torch_folder
 from deploykit.stages.distill.lesson import Lesson, Model
 from deploykit.values import Artifact, Json
 
@@ -43,8 +43,6 @@ def opened(artifact: Artifact) -> Model:
     import torch
 
     if artifact.format == "onnx":
-        from deploykit.formats import onnx_module
-
         model = Model(onnx_module.load(artifact.path), artifact.inputs)
     else:
         sparse = torch_folder.describe(artifact.path).sparse
@@ -76,9 +74,6 @@ def write(pupil: Model, student: Artifact, path: Path, lesson: Lesson) -> Json:
 
 
 def _write_onnx(pupil: Model, student: Artifact, path: Path, lesson: Lesson) -> Json:
-    from deploykit.formats import onnx_module
-
-    assert isinstance(pupil.module, onnx_module.GraphModule)  # noqa: S101 - `opened` has made it
     onnx_weights.write(onnx_module.write(pupil.module, student.path), path)
     onnx_file.shell(path)
     some = lesson.rows(slice(COMPARED))
