@@ -15,6 +15,7 @@ from deploykit.backends import open_session
 from deploykit.dataset import Dataset
 from deploykit.errors import AnswerIsNo, InputError
 from deploykit.formats import onnx_file, onnx_module, open_model
+from deploykit.stages.build import BuildOptions, build, unavailable
 from deploykit.stages.distill import DistillOptions, distill, models
 from deploykit.stages.quantize import QuantizeOptions, quantize
 from deploykit.values import Array, Artifact
@@ -208,3 +209,24 @@ def test_weights_in_blocks_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="cannot be trained"):
         distill(student, TRAINED, teacher=source, data=data, out=tmp_path / "o.onnx")
+
+
+def test_tensorrt_builds_what_was_trained(
+    teacher_onnx: Artifact, calibration: Dataset, tmp_path: Path
+) -> None:
+    if reason := unavailable():
+        pytest.skip(reason)
+    student = clipped(teacher_onnx, calibration, tmp_path / "q.onnx", target="tensorrt")
+    made = distill(
+        student, TRAINED, teacher=teacher_onnx, data=calibration, out=tmp_path / "o.onnx"
+    )
+    shapes = {
+        f"{k}_shapes": (f"images:{n}x1x28x28",) for k, n in (("min", 1), ("opt", 4), ("max", 8))
+    }
+    before, after = (
+        build(m, BuildOptions.model_validate(shapes), out=tmp_path / f"{m.path.stem}.engine").facts
+        for m in (student, made)
+    )
+    assert before["compute_layers_quantized"] > 0
+    for fact in ("compute_layers_quantized", "compute_layers", "pairs_unfused"):
+        assert before[fact] == after[fact]
