@@ -46,6 +46,9 @@ def _distill(facts: Json) -> Iterator[str]:
     if losses := facts.get("loss_per_epoch"):
         seen = facts.get("samples_seen", 0)
         yield f"{len(losses)} epochs, {seen:,} samples: loss {losses[0]:.4g} to {losses[-1]:.4g}"
+    if (agreement := facts.get("engine_agreement_db")) is not None:
+        samples = facts["engine_compared_samples"]
+        yield f"ONNX Runtime gives what was trained: {agreement:.0f} dB on {samples} samples"
 
 
 def _proven(facts: Json, against: str) -> Iterator[str]:

@@ -61,6 +61,8 @@ def test_the_engine_computes_what_was_trained(
     made = distill(student, TRAINED, teacher=teacher_onnx, data=calibration, out=out)
     assert (made.format, made.precision) == ("onnx", "int8")
     assert made.facts["engine_agreement_db"] > 30
+    told = "\n".join(history(made))
+    assert "ONNX Runtime gives what was trained: " in told
     module = onnx_module.load(out)
     (feed, _), *_ = evaluation.first(256).batches(256)
     with torch.no_grad():
