@@ -96,7 +96,9 @@ def _measured(
     """The settings of one model, and what disturbed them. Raises ResourceError: none is valid."""
     fixed = candidate.artifact.inputs[0].shape[0]
     sizes = (fixed,) if isinstance(fixed, int) else SIZES
-    tried, disturbances, cores = [], [], max(1, len(host.usable_cores()))
+    tried: list[Tried] = []
+    disturbances: list[str] = []
+    cores = max(1, len(host.usable_cores()))
     for threads in _powers(cores):
         options = BenchOptions(
             batch_sizes=sizes, instances=(cores // threads,), threads=threads,
