@@ -1,6 +1,7 @@
 """The real Triton of the nvidia-pytriton wheel, on loopback, in an environment of its own.
 
 python -m venv triton && triton/bin/pip install nvidia-pytriton==0.7.0 onnxruntime
+triton/bin/pip install "tritonclient[http]"
 DEPLOYKIT_TRITON=triton pytest tests/bundle/test_real_server.py
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import threading
 import time
 import urllib.error
@@ -135,6 +137,29 @@ def body(x: np.ndarray[Any, Any], **changes: Any) -> bytes:
     return json.dumps({"inputs": [{**told, **changes}]}).encode()
 
 
+FOREIGN = """
+import sys
+import numpy as np
+from tritonclient.http import InferenceServerClient, InferInput
+x = np.load(sys.argv[2])
+tensor = InferInput("x", list(x.shape), "FP32")
+tensor.set_data_from_numpy(x)
+np.save(sys.argv[3], InferenceServerClient(sys.argv[1]).infer("web", [tensor]).as_numpy("y"))
+"""
+
+
+def foreign(server: Server, x: np.ndarray[Any, Any], folder: Path) -> np.ndarray[Any, Any]:
+    """What Triton's own client is answered over HTTP, in binary: that of the server's wheel."""
+    np.save(folder / "x.npy", x)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    words = [HOME.absolute() / "bin" / "python", "-c", FOREIGN, server.http, "x.npy", "y.npy"]
+    done = subprocess.run(
+        words, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return np.array(np.load(folder / "y.npy"))
+
+
 def test_bad_requests_over_http_leave_it_ready(
     server: Server, linear: Artifact, data: Dataset, tmp_path: Path
 ):
@@ -147,6 +172,7 @@ def test_bad_requests_over_http_leave_it_ready(
     status, document = http(server, body(x))
     assert status == 200
     np.testing.assert_allclose(document["outputs"][0]["data"], want.ravel(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(foreign(server, x, tmp_path), want, rtol=1e-5, atol=1e-6)
     bad = [
         body(x, name="z"), body(x, datatype="FP64"), body(x, shape=[5, 4]), body(x, shape=[0, 3]),
         body(x, shape=[-5, 3]), body(np.zeros((33, 3), np.float32)), body(x)[:40], b"", b"[]",
