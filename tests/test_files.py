@@ -432,11 +432,12 @@ with _files.staged(Path(sys.argv[1])) as temporary:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a container of its own needs root here")
 def test_what_another_container_writes_is_not_swept(tmp_path: Path) -> None:
-    """Its process numbers are not in this one's /proc."""
+    """Its process number is one that nobody has here."""
+    far = "echo $(($(cat /proc/sys/kernel/pid_max) - 99)) > /proc/sys/kernel/ns_last_pid"
     holds = HELD.format(end="input(); temporary.write_text('theirs')")
     other = subprocess.Popen(
-        ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", holds,
-         str(tmp_path / "out")],
+        ["unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", f'{far}; "$@"; exit $?', "sh",
+         sys.executable, "-c", holds, str(tmp_path / "out")],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert other.stdout is not None
