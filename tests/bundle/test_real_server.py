@@ -1,7 +1,7 @@
 """The real Triton of the nvidia-pytriton wheel, on loopback, in an environment of its own.
 
 python -m venv triton && triton/bin/pip install nvidia-pytriton==0.7.0 onnxruntime
-triton/bin/pip install "tritonclient[http]"
+triton/bin/pip install "tritonclient[http]"        # the versions that CI takes: .ci/triton.txt
 DEPLOYKIT_TRITON=triton pytest tests/bundle/test_real_server.py
 """
 
@@ -25,7 +25,7 @@ import pytest
 from deploykit import environment
 from deploykit.bundle import PackageOptions, PublishOptions, load, package, publish, rollback
 from deploykit.dataset import Dataset
-from deploykit.errors import InputError
+from deploykit.errors import IntegrityError
 from deploykit.values import Artifact
 from tests.bundle.test_verification import relist
 from tests.bundle.triton_server import Server, running
@@ -109,7 +109,7 @@ def test_it_serves_what_is_published_and_nothing_worse(
         model.write_bytes(model.read_bytes()[:-40])
         relist(broken, "net/2/model.onnx")
         machine = environment.read()
-        with pytest.raises(InputError):
+        with pytest.raises(IntegrityError):
             publish(broken, repository, PublishOptions(url=url), target=machine)
         assert sorted(p.name for p in (repository / "net" / ".bundles").iterdir()) == ["1"]
         publish(make(linear, data, tmp_path / "3", 3), repository, PublishOptions(url=url))
