@@ -73,7 +73,7 @@ def main() -> None:
         teacher = take(asked, out=folder / "teacher")
         floats = export(teacher, ExportOptions(), out=folder / "teacher.onnx", data=test.first(100))
         options = DistillOptions(
-            loss="mse", alpha=1, epochs=given.epochs, learning_rate=0.002, batch_size=64,
+            loss="mse", alpha=1, epochs=given.epochs, learning_rate=0.002, batch_size=64, clip=1.0,
             weight_decay=0,
         )  # fmt: skip
         float_score = score(floats, test)

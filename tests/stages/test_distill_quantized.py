@@ -15,6 +15,7 @@ from deploykit.backends import open_session
 from deploykit.dataset import Dataset
 from deploykit.errors import AnswerIsNo, InputError
 from deploykit.formats import onnx_file, onnx_module, open_model
+from deploykit.report.history import lines
 from deploykit.stages.build import BuildOptions, build, unavailable
 from deploykit.stages.distill import DistillOptions, distill, models
 from deploykit.stages.quantize import QuantizeOptions, quantize
@@ -61,7 +62,7 @@ def test_the_engine_computes_what_was_trained(
     made = distill(student, TRAINED, teacher=teacher_onnx, data=calibration, out=out)
     assert (made.format, made.precision) == ("onnx", "int8")
     assert made.facts["engine_agreement_db"] > 30
-    told = "\n".join(history(made))
+    told = "\n".join(lines(made.history))
     assert "ONNX Runtime gives what was trained: " in told
     module = onnx_module.load(out)
     (feed, _), *_ = evaluation.first(256).batches(256)
