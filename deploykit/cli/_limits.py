@@ -153,6 +153,13 @@ def check_valid(result: BenchResult) -> None:
 
 
 def _check_scenarios(result: BenchResult) -> None:
+    for each in result.instances:
+        if each.invalid:
+            raise AnswerIsNo(
+                f"{len(each.blocks_ns)} instances of {each.name} at once are invalid: "
+                f"{each.invalid}",
+                hint="their throughput is not known",
+            )
     for run in result.scenarios:
         if not run.valid:
             why = run.invalid or run.reason
