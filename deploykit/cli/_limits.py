@@ -126,6 +126,17 @@ def differing(limits: Limits, options: BenchOptions, data: Dataset | None) -> li
     return found
 
 
+def ungated(limits: Limits, names: Sequence[str], options: BenchOptions) -> list[str]:
+    """A sentence for each engine that the earlier run cannot judge.
+
+    Raises UsageError: it can judge none.
+    """
+    if not limits.then:
+        return []
+    missing = gate.unknown(limits.then, names, options.batch_sizes)
+    return [f"{each} is not in it" for each in missing]
+
+
 def judged(result: BenchResult, limits: Limits, unlike: list[str]) -> BenchResult:
     """The result with what the gate found."""
     found: dict[str, Any] = {}
