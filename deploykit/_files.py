@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import glob
 import hashlib
 import os
@@ -13,7 +14,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from deploykit import _interrupt
@@ -23,6 +24,8 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 """What rename(2) says of a folder with files, or of a file where the other is a folder."""
+_ALIVE, _CONTENT = "alive", "content"
+"""In a temporary folder: the file that its process holds locked, and what it makes."""
 
 
 def sha256(path: Path) -> str:
@@ -66,10 +69,8 @@ def open_regular(path: Path) -> int:
 @contextmanager
 def scratch() -> Iterator[Path]:
     """A private folder for a while; those of killed processes are swept."""
-    base = Path(tempfile.gettempdir())
-    _sweep(base / "deploykit")
-    with tempfile.TemporaryDirectory(prefix=f".deploykit.tmp-{os.getpid()}-", dir=base) as folder:
-        yield Path(folder)
+    with _own_folder(Path(tempfile.gettempdir()) / "deploykit") as folder:
+        yield folder
 
 
 def check_free(out: Path, *, force: bool) -> None:
@@ -84,10 +85,8 @@ def check_free(out: Path, *, force: bool) -> None:
     parent = next((p for p in out.absolute().parents if p.exists()), Path("/"))
     longest = parent / f".{out.name}.record.json.next"  # of the names that it will take
     try:
-        _sweep(longest)
-        probe = _temporary(longest)
-        probe.mkdir()
-        probe.rmdir()
+        with _own_folder(longest):
+            pass
     except OSError as error:
         raise unwritable(out, error) from error
 
@@ -128,25 +127,22 @@ def staged(out: Path) -> Iterator[Path]:
     all of it is removed and `out` is as it was. Raises ResourceError: the disk is full. UsageError:
     there is no such folder and none can be made.
     """
-    try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        _sweep(out)
-        folder = _temporary(out)
-        folder.mkdir()
-    except OSError as error:
-        raise unwritable(out, error) from error
-    try:
-        yield folder / out.name
-        _interrupt.check()
-        for path in folder.iterdir():
-            _sync(path)
-        _publish(folder, out)
-    except Exception as error:
-        if full := _full(error):
-            raise unwritable(out, full) from error
-        raise
-    finally:
-        remove(folder)
+    with ExitStack() as stack:
+        try:
+            out.absolute().parent.mkdir(parents=True, exist_ok=True)
+            folder = stack.enter_context(_own_folder(out))
+        except OSError as error:
+            raise unwritable(out, error) from error
+        try:
+            yield folder / out.name
+            _interrupt.check()
+            for path in folder.iterdir():
+                _sync(path)
+            _publish(folder, out)
+        except Exception as error:
+            if full := _full(error):
+                raise unwritable(out, full) from error
+            raise
 
 
 def _publish(folder: Path, out: Path) -> None:
@@ -181,16 +177,13 @@ def _full(error: BaseException | None) -> OSError | None:
 def beside(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, removed at the end if it is still there."""
     path = path.absolute()
-    _sweep(path)
-    temporary = _temporary(path)
-    try:
-        yield temporary
-    except Exception as error:
-        if full := _full(error):
-            raise unwritable(path, full) from error
-        raise
-    finally:
-        remove(temporary)
+    with _own_folder(path) as folder:
+        try:
+            yield folder / path.name
+        except Exception as error:
+            if full := _full(error):
+                raise unwritable(path, full) from error
+            raise
 
 
 def move(source: Path, target: Path) -> None:
@@ -224,10 +217,8 @@ def _replace(source: Path, target: Path) -> None:
             raise
         if _exchange(source, target):
             return  # the old content is now at `source`, which the caller removes
-        old = target.with_name(f".{target.name}.old-{os.getpid()}-{secrets.token_hex(4)}")
-        target.rename(old)
+        target.rename(source.with_name(f"{source.name}.old"))  # removed with the temporary folder
         source.rename(target)
-        remove(old)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -240,9 +231,56 @@ def _exchange(one: Path, other: Path) -> bool:
     return bool(rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0)
 
 
-def _temporary(out: Path) -> Path:
-    """A name beside `out` that `_sweep` knows, and nobody else has."""
-    return out.with_name(f".{out.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+@contextmanager
+def _own_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` for this process alone, gone at the end; others' that ended go first.
+
+    A process lives as long as it holds the lock in its folder: process numbers say nothing where
+    containers share a disk.
+    """
+    sweep(out.absolute().parent, glob.escape(out.name))
+    folder, descriptor = _claimed(out)
+    try:
+        (folder / _CONTENT).mkdir()
+        yield folder / _CONTENT
+    finally:
+        try:
+            remove(folder / _CONTENT)
+            with suppress(OSError):  # another process sweeps here
+                remove(folder)
+        finally:
+            os.close(descriptor)
+
+
+def _claimed(out: Path) -> tuple[Path, int]:
+    """A new folder beside `out`, and the descriptor that holds its lock."""
+    while True:
+        folder = out.with_name(f".{out.name}.tmp-{secrets.token_hex(8)}")
+        folder.mkdir(mode=0o700)
+        try:
+            descriptor = _open_alive(folder)
+        except FileNotFoundError:  # swept before it was locked
+            continue
+        except OSError:
+            folder.rmdir()
+            raise
+        with suppress(OSError):  # a file system without locks: nobody can sweep there
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return folder, descriptor
+        os.close(descriptor)
+
+
+def _open_alive(folder: Path) -> int:
+    """The file that is locked; no link is followed."""
+    place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        if os.fstat(place).st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, "is another user's", str(folder))
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        return os.open(_ALIVE, flags, 0o600, dir_fd=place)
+    finally:
+        os.close(place)
 
 
 def _sync(path: Path) -> None:
@@ -265,17 +303,13 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _sweep(out: Path) -> None:
-    """Remove what a killed process left beside `out`; what a living one writes stays."""
-    sweep(out.absolute().parent, glob.escape(out.name))
-
-
 def sweep(folder: Path, names: str = "*") -> None:
-    """Remove what killed processes left in a folder on their way to such names."""
-    if not Path("/proc/self").exists():
-        return
+    """Remove what ended processes left in a folder on their way to such names."""
     for stale in folder.glob(f".{names}.tmp-*"):
-        pid = stale.name.rpartition(".tmp-")[2].split("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            with suppress(OSError):  # another process may sweep here too
+        with suppress(OSError):  # its process lives, or another one sweeps here too
+            descriptor = _open_alive(stale)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 remove(stale)
+            finally:
+                os.close(descriptor)

@@ -90,7 +90,10 @@ class Dataset:
         )
 
     def matching(self, inputs: tuple[TensorSpec, ...]) -> Dataset:
-        """The same data, bound to what a model takes. Raises InputError: a name is missing."""
+        """The same data, bound to what a model takes.
+
+        Raises InputError: a name is missing, or an input has its batch elsewhere, or none.
+        """
         names = set(next(self.chunks())) - {TARGET}
         wanted = {spec.name for spec in inputs}
         if missing := wanted - names:
@@ -105,6 +108,14 @@ class Dataset:
                 f"it takes {sorted(wanted)}",
                 hint="name the arrays as the model names its inputs; labels are called 'target'",
             )
+        first = {spec.name: spec.shape[0] if spec.shape else None for spec in inputs}
+        counted = any(isinstance(size, str) for size in first.values())
+        for spec in inputs:
+            if not spec.shape or (counted and isinstance(first[spec.name], int)):
+                raise InputError(
+                    f"the first axis of {spec} does not count samples, as that of every input must",
+                    hint="wrap the model: the batch first, and constants inside",
+                )
         return replace(self, inputs=inputs)
 
     def specs(self) -> tuple[TensorSpec, ...]:

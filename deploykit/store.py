@@ -289,7 +289,7 @@ def remember(path: Path, key: str, kind: type[V], make: Callable[[], V]) -> tupl
     except (InputError, ValueError, KeyError):
         pass
     value = make()
-    plain = {"key": key, "value": value.model_dump(mode="json", by_alias=True)}
+    plain = {"key": key, "value": json.loads(value.model_dump_json(by_alias=True))}
     _files.write_text(path, json.dumps(plain) + "\n")
     return value, False
 
@@ -306,7 +306,7 @@ def code_digest() -> str:
 
 def record_text(artifact: Artifact) -> str:
     """The record of an artifact as JSON text, without the place where it lies."""
-    plain = artifact.model_dump(mode="json", exclude={"path"})
+    plain = json.loads(artifact.model_dump_json(exclude={"path"}))
     return json.dumps({**plain, "path": "."}, indent=1) + "\n"
 
 

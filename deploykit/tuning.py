@@ -1,14 +1,18 @@
-"""Batch size, copies, threads and queue delay of a server, chosen by measurement under an SLO."""
+"""Which model a server runs, and its batch size, copies, threads and queue delay, under an SLO.
+
+All of it is chosen by measurement.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from math import ceil, floor
 from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
+from deploykit import environment
 from deploykit.dataset import Dataset
 from deploykit.environment import Environment
 from deploykit.errors import AnswerIsNo, ResourceError
@@ -25,12 +29,15 @@ NOTES = (
     "times are of the engine, all copies at once: what the server adds to a request is not in them",
     "a request waits for the queue, then for at most one batch before its own",
 )
+NOT_COMPARED = "of several models the fastest is taken, their scores are not compared here"
 Progress = Callable[[str, int, int], None]
 
 
 class Tried(Value):
     """What was measured of one setting."""
 
+    model: str
+    precision: str
     threads: int
     instances: int
     batch_size: int
@@ -66,34 +73,47 @@ class Tuned(Value):
         }
 
 
-def tune(candidate: Candidate, slo: str, *, data: Dataset, progress: Progress) -> Tuned:
-    """Measure copies that fill this machine's cores, at each batch size, and choose.
+def tune(candidates: Sequence[Candidate], slo: str, *, data: Dataset, progress: Progress) -> Tuned:
+    """Measure copies that fill this machine's cores, of each model at each batch size, and choose.
 
-    Raises UsageError: the objective is none. AnswerIsNo: no setting holds it. ResourceError: none
-    could be measured.
+    Raises UsageError: the objective is none. AnswerIsNo: no setting holds it. ResourceError: a
+    model could not be measured.
     """
     objective, tried, notes = parse_slo(slo), [], list(NOTES)
+    notes += [NOT_COMPARED] if len(candidates) > 1 else []
+    for candidate in candidates:
+        found, disturbances = _measured(candidate, objective, data, progress)
+        tried += found
+        notes += [note for note in disturbances if note not in notes]
+    chosen, delay_us = choose(tried, objective)
+    return Tuned(slo=slo, chosen=chosen, queue_delay_us=delay_us, tried=tuple(tried),
+                 notes=tuple(notes), environment=environment.read())  # fmt: skip
+
+
+def _measured(
+    candidate: Candidate, objective: Slo, data: Dataset, progress: Progress
+) -> tuple[list[Tried], list[str]]:
+    """The settings of one model, and what disturbed them. Raises ResourceError: none is valid."""
     fixed = candidate.artifact.inputs[0].shape[0]
     sizes = (fixed,) if isinstance(fixed, int) else SIZES
-    machine, cores = None, max(1, len(host.usable_cores()))
+    tried: list[Tried] = []
+    disturbances: list[str] = []
+    cores = max(1, len(host.usable_cores()))
     for threads in _powers(cores):
         options = BenchOptions(
             batch_sizes=sizes, instances=(cores // threads,), threads=threads,
             preset="quick", processes=1, blocks=15, block_ms=20, warmup_ms=50,
         )  # fmt: skip
         result = bench([candidate], options, data=data, progress=progress)
-        machine = result.environment
-        notes += [note for note in result.disturbances if note not in notes]
-        tried += [_tried(found, threads, objective) for found in result.instances
+        disturbances += result.disturbances
+        tried += [_tried(candidate, found, threads, objective) for found in result.instances
                   if not found.invalid]  # fmt: skip
-    if not tried or machine is None:
+    if not tried:
         raise ResourceError(
             f"{candidate.name} could not be measured: no setting gave valid times",
             hint="see `deploykit bench` on it for the reason",
         )
-    chosen, delay_us = choose(tried, objective)
-    return Tuned(slo=slo, chosen=chosen, queue_delay_us=delay_us, tried=tuple(tried),
-                 notes=tuple(notes), environment=machine)  # fmt: skip
+    return tried, disturbances
 
 
 def choose(tried: Iterable[Tried], slo: Slo) -> tuple[Tried, int]:
@@ -108,8 +128,8 @@ def choose(tried: Iterable[Tried], slo: Slo) -> tuple[Tried, int]:
         best = min(settings, key=Tried.longest_ms)
         raise AnswerIsNo(
             f"no setting holds p{slo.percent:g} of {limit_ms:g} ms: the best needs "
-            f"{best.longest_ms():.3g} ms (batch {best.batch_size}, {best.instances} copies of "
-            f"{best.threads} threads)",
+            f"{best.longest_ms():.3g} ms ({best.model}, batch {best.batch_size}, "
+            f"{best.instances} copies of {best.threads} threads)",
             hint="allow more, or take a faster model; nothing was written",
         )
     chosen = max(holding, key=lambda each: (each.samples_per_second, -each.call_ms))
@@ -117,11 +137,13 @@ def choose(tried: Iterable[Tried], slo: Slo) -> tuple[Tried, int]:
     return chosen, floor(1000 * left_ms) if chosen.batch_size > 1 else 0
 
 
-def _tried(found: Instances, threads: int, slo: Slo) -> Tried:
+def _tried(candidate: Candidate, found: Instances, threads: int, slo: Slo) -> Tried:
     calls = np.sort([call for copy in found.blocks_ns for block in copy for call in block])
     enough = len(calls) >= minimum_samples(slo.percent)
     rank = ceil(slo.percent / 100 * len(calls)) - 1 if enough else -1
     return Tried(
+        model=candidate.name,
+        precision=candidate.artifact.precision,
         threads=threads,
         instances=len(found.blocks_ns),
         batch_size=found.batch_size,

@@ -27,7 +27,7 @@ BATCH = "batch"
 class Value(BaseModel):
     """Base of the nouns: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 V = TypeVar("V", bound=Value)

@@ -570,3 +570,13 @@ def test_a_part_has_no_period_and_is_the_same_each_time() -> None:
     assert np.array_equal(apart // 8, np.arange(1000))
     assert np.bincount(apart % 8).min() > 80
     assert np.array_equal(apart, np.flatnonzero(picked(8003, 8)))
+
+
+@pytest.mark.parametrize("shape", [(2, "batch", 4), ()], ids=str)
+def test_an_input_whose_first_axis_is_not_the_batch_is_refused(
+    shape: tuple[int | str, ...], tmp_path: Path
+) -> None:
+    data = open_dataset(saved(tmp_path / "x.npz", x=np.ones((3, 4), np.float32), s=np.ones(3)))
+    state = TensorSpec(name="s", dtype="float64", shape=shape)
+    with pytest.raises(InputError, match=r"the first axis of s: .* does not count samples"):
+        data.matching((X, state))

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +19,7 @@ from hypothesis import strategies as st
 
 from deploykit import _files
 from deploykit.errors import ResourceError, UsageError
-from tests.fixtures_core import content, python, refused, told
-
-DEAD = 2**22 + 1
-"""Above the largest process number that Linux gives."""
+from tests.fixtures_core import python, refused, told
 
 IN_THE_MIDDLE = """
 import os, signal, sys
@@ -145,7 +146,7 @@ def test_a_folder_that_takes_nothing_is_told_by_its_reason(
 def test_a_file_is_published_under_its_name_only(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "er" / "model.onnx"
     with _files.staged(out) as temporary:
-        assert temporary.parent.parent == out.parent
+        assert temporary.parents[2] == out.parent
         assert temporary.name == "model.onnx"
         temporary.write_text("whole")
         assert not out.exists()
@@ -157,7 +158,7 @@ def test_what_lies_beside_is_published_with_it_and_before_it(tmp_path: Path) -> 
     with _files.staged(out) as temporary:
         temporary.write_text("whole")
         temporary.with_name("model.0a1b.data").write_text("weights")
-        assert texts(tmp_path / temporary.parent.name)
+        assert texts(temporary.parent)
     assert texts(tmp_path) == {"model.onnx": "whole", "model.0a1b.data": "weights"}
 
 
@@ -388,7 +389,7 @@ def test_a_kill_in_the_middle_leaves_what_was_there(tmp_path: Path, end: str, co
     assert process.returncode == code
     assert texts(out) == {"old": "old"}
     left = [path for path in tmp_path.iterdir() if path != out]
-    assert [texts(path / "out") for path in left] == [{"part": "half"}]
+    assert [texts(path / "content" / "out") for path in left] == [{"part": "half"}]
 
     with _files.staged(out) as temporary:
         make_folder(temporary, new="new")
@@ -397,28 +398,63 @@ def test_a_kill_in_the_middle_leaves_what_was_there(tmp_path: Path, end: str, co
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "m[1].onnx", "m*.onnx"])
-def test_what_dead_processes_left_is_swept_and_nothing_else(tmp_path: Path, name: str) -> None:
-    living = python("input()", wait=False)
-    kept = [
-        f".{name}.tmp-{os.getpid()}-00.onnx", f".{name}.tmp-{living.pid}-00.onnx",
-        f".{name}.tmp-mine", f"{name}.tmp-{DEAD}-00", f".other.{name}.tmp-{DEAD}-00",
-        f".{name}x.tmp-{DEAD}-00",
-    ]  # fmt: skip
-    stale = [f".{name}.tmp-{DEAD}-00.onnx", f".{name}.tmp-{DEAD}-ff.onnx"]
+def test_what_ended_processes_left_is_swept_and_nothing_else(tmp_path: Path, name: str) -> None:
+    living = python(HELD.format(end="input()"), tmp_path / name, wait=False)
+    assert living.stdout is not None
+    others = f"{name}.tmp-00", f".other.{name}.tmp-00", f".{name}x.tmp-00"
+    kept = [living.stdout.readline().strip()]
+    kept += [make_folder(tmp_path / path, alive="").name for path in others]
+    (tmp_path / f".{name}.tmp-file").touch()
+    (tmp_path / f".{name}.tmp-link").symlink_to(make_folder(tmp_path / "aside"))
+    kept += [f".{name}.tmp-file", f".{name}.tmp-link", "aside"]
     try:
-        for path in (*kept, stale[0]):
-            (tmp_path / path).touch()
-        make_folder(tmp_path / stale[1], deep="")
+        make_folder(make_folder(tmp_path / f".{name}.tmp-00", alive="") / "content", deep="")
+        make_folder(tmp_path / f".{name}.tmp-01")  # killed before it was locked
         _files.write_text(tmp_path / name, "new")
-        assert sorted(content(tmp_path)) == sorted([*kept, name])
+        assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*kept, name])
+        assert not any((tmp_path / "aside").iterdir())
     finally:
+        living.kill()
         told(living)
+    _files.write_text(tmp_path / name, "newer")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*kept[1:], name])
+
+
+HELD = """
+import sys
+from pathlib import Path
+from deploykit import _files
+with _files.staged(Path(sys.argv[1])) as temporary:
+    print(temporary.parent.parent.name, flush=True)
+    {end}
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a container of its own needs root here")
+def test_what_another_container_writes_is_not_swept(tmp_path: Path) -> None:
+    """Its process number is one that nobody has here."""
+    far = "echo $(($(cat /proc/sys/kernel/pid_max) - 99)) > /proc/sys/kernel/ns_last_pid"
+    holds = HELD.format(end="input(); temporary.write_text('theirs')")
+    other = subprocess.Popen(
+        ["unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", f'{far}; "$@"; exit $?', "sh",
+         sys.executable, "-c", holds, str(tmp_path / "out")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert other.stdout is not None
+    if not (theirs := other.stdout.readline().strip()):
+        other.communicate()
+        pytest.skip("this machine makes no containers")
+    _files.write_text(tmp_path / "out", "ours")
+    assert (tmp_path / theirs).is_dir()
+    other.communicate("\n", timeout=60)
+    assert other.returncode == 0
+    assert texts(tmp_path) == {"out": "theirs"}
 
 
 def test_a_sweep_beside_another_sweep_does_not_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stale = make_folder(tmp_path / f".out.tmp-{DEAD}-00", file="")
+    stale = make_folder(tmp_path / ".out.tmp-00", file="")
     real = shutil.rmtree
 
     def gone_already(path: Path) -> None:
@@ -432,16 +468,41 @@ def test_a_sweep_beside_another_sweep_does_not_fail(
     assert texts(tmp_path) == {"out": "new"}
 
 
-def test_nothing_is_swept_where_processes_cannot_be_told(
+def test_many_that_write_and_sweep_one_path_at_once(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: _files.write_text(out, str(n)), range(400)))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert out.read_text().isdigit()
+
+
+def test_a_folder_that_is_swept_before_it_is_locked_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / f".out.tmp-{DEAD}-00").touch()
-    real = Path.exists
-    monkeypatch.setattr(
-        Path, "exists", lambda path: real(path) and not path.is_relative_to("/proc")
-    )
+    real, swept = fcntl.flock, []
+
+    def flock(descriptor: int, how: int) -> None:
+        if not swept:
+            swept.extend(tmp_path.glob(".out.tmp-*"))
+            shutil.rmtree(swept[0])
+        real(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
     _files.write_text(tmp_path / "out", "new")
-    assert len(texts(tmp_path)) == 2
+    assert swept
+    assert texts(tmp_path) == {"out": "new"}
+
+
+def test_nothing_is_swept_where_there_are_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "some file systems have none")
+
+    make_folder(tmp_path / ".out.tmp-00", alive="")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    _files.write_text(tmp_path / "out", "new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.tmp-00", "out"]
 
 
 # --- small ones

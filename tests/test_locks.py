@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,29 @@ def test_a_folder_is_held_by_one_process_until_it_ends(tmp_path: Path) -> None:
         with _locks.held(tmp_path):
             pass
     assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_is_held_where_only_what_is_open_for_writing_can_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS."""
+    real = fcntl.flock
+
+    def flock(descriptor: int, how: int) -> None:
+        if not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_RDWR:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        real(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    two_lines = refused(UsageError, tmp_path, "in use", hint="wait for it")
+    with _locks.held(tmp_path), two_lines, _locks.held(tmp_path):
+        pytest.fail("both hold the folder")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_takes_no_files_is_told() -> None:
+    with refused(UsageError, "/proc", hint="that you may write to"), _locks.held(Path("/proc")):
+        pytest.fail("it is held")
 
 
 ALONE = """

@@ -505,6 +505,17 @@ def score(value: float) -> Score:
     return Score(metric="m", score=interval, samples=3, per_sample=(value, math.inf))
 
 
+def test_what_is_kept_is_strict_json_whatever_the_numbers(tmp_path: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    store.remember(tmp_path / "score.json", "a", Score, lambda: score(math.nan))
+    text = (tmp_path / "score.json").read_text()
+    assert "NaN" in text
+    assert "-Infinity" in text
+    json.loads(text, parse_constant=refuse)
+
+
 def test_a_value_is_made_once_a_key(tmp_path: Path) -> None:
     path, calls = tmp_path / "deep" / "score.json", []
 

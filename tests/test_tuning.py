@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import helper, numpy_helper
 
 from deploykit import tuning
 from deploykit.errors import AnswerIsNo
@@ -19,6 +21,8 @@ from tests.cli.conftest import Command, deploykit
 __all__ = ["deploykit", "linear"]
 SETTINGS = st.builds(
     Tried,
+    model=st.sampled_from(["net.onnx (fp32)", "net.int8.onnx (int8)"]),
+    precision=st.just("fp32"),
     threads=st.sampled_from([1, 2, 4]),
     instances=st.integers(1, 8),
     batch_size=st.sampled_from(tuning.SIZES),
@@ -67,6 +71,49 @@ def test_what_was_measured_goes_into_the_server_s_configuration(
     no = deploykit(*words, "-o", tmp_path / "no", "--layout", "triton", "--slo", "p99=1us")
     assert no.code == 7
     assert not (tmp_path / "no").exists()
+
+
+def test_the_fastest_of_several_models_is_served_first(
+    linear: Artifact, tmp_path: Path, deploykit: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "SIZES", (64,))
+    monkeypatch.setattr(tuning, "_powers", lambda cores: [1])
+    np.savez(tmp_path / "d.npz", x=np.random.default_rng(0).random((64, 3), np.float32))
+    slow = slowed(linear, tmp_path / "slow.onnx")
+    words = ("package", slow, linear.path, "--data", tmp_path / "d.npz", "--backend", "ort-cpu")
+    out = tmp_path / "bundle"
+    told = deploykit(*words, "-o", out, "--layout", "triton", "--slo", "p99=900ms")
+    assert told.code == 0, told.err
+    assert "linear.onnx (fp32) in batches" in told.err
+    assert tuning.NOT_COMPARED in told.err
+    assert (out / "model/1/model.onnx").read_bytes() == linear.path.read_bytes()
+    assert (out / "model-int8-ort-cpu/1/model.onnx").read_bytes() == slow.read_bytes()
+    (document,) = json.loads((out / "evidence.json").read_text())["documents"]
+    assert {each["precision"] for each in document["tried"]} == {"fp32", "int8"}
+    assert document["chosen"]["model"] == "linear.onnx (fp32)"
+
+
+def slowed(linear: Artifact, out: Path) -> Path:
+    """The same model behind a detour in int8 that takes long and changes little."""
+    wide = np.random.default_rng(0).standard_normal((3, 40_000)).astype(np.float32)
+    parts = {
+        "s": np.float32(0.05), "z": np.int8(0), "wide": wide, "back": np.float32(wide.T * 0),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("MatMul", ["d", "wide"], ["m"]),
+        helper.make_node("MatMul", ["m", "back"], ["n"]),
+        helper.make_node("Add", ["n", "x"], ["same"]),
+    ]
+    proto = onnx.load(linear.path)
+    proto.graph.node[0].input[0] = "same"
+    for node in reversed(nodes):
+        proto.graph.node.insert(0, node)
+    proto.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), k)
+                                   for k, v in parts.items())  # fmt: skip
+    onnx.save(proto, out)
+    return out
 
 
 @pytest.mark.parametrize(

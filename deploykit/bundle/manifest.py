@@ -167,7 +167,7 @@ def described(bundle: Bundle) -> oci.Described:
 
 def to_json(bundle: Bundle) -> str:
     """The text of `manifest.json`; `from_json` gives an equal value back."""
-    return json.dumps(bundle.model_dump(mode="json", by_alias=True), indent=1) + "\n"
+    return json.dumps(json.loads(bundle.model_dump_json(by_alias=True)), indent=1) + "\n"
 
 
 def from_json(text: str | bytes, where: Path) -> Bundle:

@@ -142,6 +142,7 @@ def _members(models: Sequence[tuple[Artifact, str]], machine: Environment) -> tu
 def _member(artifact: Artifact, backend: str, machine: Environment) -> Member:
     wanted = requirements(artifact, backend, machine)
     gpu = f"-{wanted.gpus[0].replace('+', 'plus')}" if wanted.gpus else ""
+    files = (artifact.path.name, *artifact.weights)
     return Member(
         artifact=artifact,
         backend=backend,
@@ -149,6 +150,7 @@ def _member(artifact: Artifact, backend: str, machine: Environment) -> Member:
         machine=wanted.machine,
         cpu_features_any=wanted.cpu_features_any,
         gpus=wanted.gpus,
+        size_bytes=sum(_files.size_bytes(artifact.path.parent / name) for name in files),
     )
 
 

@@ -103,7 +103,8 @@ def publish(
             served = served_versions(folder)
             kept = folder / BUNDLES / str(bundle.version)
             _check_new(folder, served, source, kept)
-            _files.remove(kept)
+            for left in (kept, folder / kept.name):  # by a kill: nothing serves them
+                _files.remove(left)
             with _files.staged(kept) as copy:
                 inventory.copy(source, copy)
                 whole = integrity.check(copy, public_key=public_key, min_version=min_version)

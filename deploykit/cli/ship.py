@@ -50,8 +50,8 @@ min_version_option = click.option(
 )
 @click.option(
     "--slo",
-    help="As in p99=20ms: batch size, copies, threads and queue delay of the first model are "
-    "chosen by measurement on this machine, for most samples a second.",
+    help="As in p99=20ms: which of the models is served first, its batch size, copies, threads and "
+    "queue delay are chosen by measurement on this machine, for most samples a second.",
 )
 @_options.fields(PackageOptions)
 @_common.force_option
@@ -70,7 +70,8 @@ def package_command(
     told = _documents(evidence)
     if slo:
         _files.check_free(output, force=force)
-        tuned = _tuned(packed[0], slo, opened, {**given, "layout": options.layout})
+        tuned = _tuned(packed, slo, opened, {**given, "layout": options.layout})
+        packed.sort(key=lambda model: _entry(model).name != tuned.chosen.model)
         options = options.model_copy(update=tuned.options)
         told.append(tuned.model_dump(mode="json", by_alias=True))
         click.echo(_told(tuned), err=True)
@@ -87,7 +88,13 @@ def _backend(artifact: Artifact, asked: str | None) -> str:
     return asked or backends.fitting(artifact)[0]
 
 
-def _tuned(model: PackagedModel, slo: str, data: Dataset, given: dict[str, Any]) -> Tuned:
+def _entry(model: PackagedModel) -> Candidate:
+    """The model as one to measure; its name tells it apart from the others of a bundle."""
+    name = f"{model.artifact.path.name} ({model.artifact.precision})"
+    return Candidate(name=name, artifact=model.artifact, backend=model.backend)
+
+
+def _tuned(models: list[PackagedModel], slo: str, data: Dataset, given: dict[str, Any]) -> Tuned:
     """Raises UsageError: the layout has no server, or what is to be chosen is given."""
     if given["layout"] == "plain":
         raise UsageError(
@@ -97,11 +104,11 @@ def _tuned(model: PackagedModel, slo: str, data: Dataset, given: dict[str, Any])
     if fixed := [name for name in TOLD if given.get(name) is not None]:
         flag = "--" + fixed[0].replace("_", "-")
         raise UsageError(f"--slo chooses {flag}, which is given too", hint="leave one of them out")
-    entry = Candidate(name=model.artifact.path.name, artifact=model.artifact, backend=model.backend)
+    entries = [_entry(model) for model in models]
     with Terminal() as terminal:
-        terminal.step(entry.name, "tune")
+        terminal.step(", ".join(entry.name for entry in entries), "tune")
         return tune(
-            entry, slo, data=data,
+            entries, slo, data=data,
             progress=lambda text, done, total: terminal.progress(done, total, text),
         )  # fmt: skip
 
@@ -109,10 +116,10 @@ def _tuned(model: PackagedModel, slo: str, data: Dataset, given: dict[str, Any])
 def _told(tuned: Tuned) -> str:
     best = tuned.chosen
     return (
-        f"{tuned.slo}: batches of up to {best.batch_size}, {best.instances} x {best.threads} "
-        f"threads, queue delay {tuned.queue_delay_us} us: {best.samples_per_second:.4g} samples/s, "
-        f"a call takes {best.call_ms:.3g} ms; {len(tuned.tried)} settings were measured; "
-        f"{'; '.join(tuned.notes)}"
+        f"{tuned.slo}: {best.model} in batches of up to {best.batch_size}, {best.instances} x "
+        f"{best.threads} threads, queue delay {tuned.queue_delay_us} us: "
+        f"{best.samples_per_second:.4g} samples/s, a call takes {best.call_ms:.3g} ms; "
+        f"{len(tuned.tried)} settings were measured; {'; '.join(tuned.notes)}"
     )
 
 

@@ -57,7 +57,14 @@ def _until_faster(
     return artifact
 
 
-@click.command("distill", help=COMMANDS["distill"][1])
+DISTILL = f"""{COMMANDS["distill"][1]}
+
+A student in ONNX is trained as the engine computes it: one that `quantize` made stays quantized,
+and learns its scales too (quantization-aware training; a --learning-rate near 0.001 suits it).
+"""
+
+
+@click.command("distill", help=DISTILL)
 @click.argument("student")
 @_common.output_option
 @click.option(
@@ -65,7 +72,8 @@ def _until_faster(
     "teachers",
     required=True,
     multiple=True,
-    help="A torch artifact folder, or file.py:factory; several teach the mean of their outputs.",
+    help="A torch artifact folder, an ONNX model or file.py:factory; several teach the mean of "
+    "their outputs.",
 )
 @click.option(
     "--teacher-weights",

@@ -48,6 +48,12 @@ class Serving(Value):
     storage_uri: str = Field(
         default="", description="kserve: where the bundle will lie, such as pvc://models/net"
     )
+    memory_gib: int | None = Field(
+        default=None,
+        ge=1,
+        description="kserve: memory of the server in GiB; by default 2, and three times the size "
+        "of the models for each copy",
+    )
 
     @field_validator("name")
     @classmethod
@@ -70,6 +76,8 @@ class Member(Value):
     """One of these is needed."""
     gpus: tuple[str, ...] = ()
     """Compute capabilities that it was built for."""
+    size_bytes: int = 0
+    """Of its files."""
 
 
 class Laid(Value):

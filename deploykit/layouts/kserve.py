@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from math import ceil
 
 from deploykit.errors import UsageError
 from deploykit.layouts import triton
@@ -23,8 +24,8 @@ LABELS = {
 }  # fmt: skip
 """Linux names of CPU features to those of Node Feature Discovery."""
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
-MEMORY = "2Gi"
-"""For the server and a small model; the file is there to be changed before it is signed."""
+SERVER_GIB, TIMES_SIZE = 2, 3
+"""Memory of the server, and of one copy of a model by its size: room to spare, not measured."""
 
 
 def lay(members: Sequence[Member], serving: Serving, feed: Feed) -> Laid:
@@ -43,7 +44,7 @@ def lay(members: Sequence[Member], serving: Serving, feed: Feed) -> Laid:
 def render(members: Sequence[Member], serving: Serving) -> str:
     """The YAML of the InferenceService; strings are written as JSON, which YAML reads."""
     name = re.sub(r"[^a-z0-9-]+", "-", serving.name.lower()).strip("-")[:53]
-    cores = serving.instances * serving.threads
+    cores, memory = serving.instances * serving.threads, f"{_memory_gib(members, serving)}Gi"
     gpu = any(member.gpus for member in members)
     return f"""\
 apiVersion: serving.kserve.io/v1beta1
@@ -68,11 +69,17 @@ spec:
       resources:
         requests:
           cpu: {json.dumps(str(cores))}
-          memory: {MEMORY}
+          memory: {memory}
         limits:
           cpu: {json.dumps(str(cores))}
-          memory: {MEMORY}
+          memory: {memory}
 {"          nvidia.com/gpu: 1" + chr(10) if gpu else ""}"""
+
+
+def _memory_gib(members: Sequence[Member], serving: Serving) -> int:
+    """As asked for, else what the server and every copy of the models should need."""
+    copies = serving.instances * sum(member.size_bytes for member in members)
+    return serving.memory_gib or SERVER_GIB + ceil(TIMES_SIZE * copies / (1 << 30))
 
 
 def _affinity(members: Sequence[Member]) -> str:

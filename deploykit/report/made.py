@@ -42,7 +42,8 @@ def describe(artifact: Artifact) -> str:
 
 def choice(name: str, found: Json) -> list[str]:
     """What was chosen, how near to the float model it is, and how fast where it will run."""
-    near = f"{found['chosen']['sqnr_db']:.0f} dB to the float model"
+    noise = found["chosen"]["sqnr_db"]
+    near = "equal to the float model" if noise is None else f"{noise:.0f} dB to the float model"
     told = [name, f"{near} on {found['held_back_samples']} samples", *_kept(found)]
     timed = found.get("timed_on_target")  # None in a record of an older deploykit
     if not timed:

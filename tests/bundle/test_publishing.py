@@ -60,6 +60,15 @@ def test_a_number_is_not_used_twice(
     assert publish(made[2], repository).version == 2
 
 
+def test_what_a_kill_left_of_a_version_is_not_served(made: dict[int, Path], repository: Path):
+    net = repository / "net"
+    publish(made[1], repository)
+    (net / "2").mkdir()
+    (net / "2" / "model.onnx").write_text("of another bundle, whose publish was killed twice")
+    publish(made[2], repository)
+    assert (net / "2" / "model.onnx").read_bytes() == (made[2] / "net/2/model.onnx").read_bytes()
+
+
 def test_a_failure_leaves_all_as_it_was(made: dict[int, Path], repository: Path):
     (made[1] / "extra").write_text("?")
     with pytest.raises(IntegrityError):

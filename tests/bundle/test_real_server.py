@@ -1,6 +1,7 @@
 """The real Triton of the nvidia-pytriton wheel, on loopback, in an environment of its own.
 
 python -m venv triton && triton/bin/pip install nvidia-pytriton==0.7.0 onnxruntime
+triton/bin/pip install "tritonclient[http]"        # the versions that CI takes: .ci/triton.txt
 DEPLOYKIT_TRITON=triton pytest tests/bundle/test_real_server.py
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import threading
 import time
 import urllib.error
@@ -23,7 +25,7 @@ import pytest
 from deploykit import environment
 from deploykit.bundle import PackageOptions, PublishOptions, load, package, publish, rollback
 from deploykit.dataset import Dataset
-from deploykit.errors import InputError
+from deploykit.errors import IntegrityError
 from deploykit.values import Artifact
 from tests.bundle.test_verification import relist
 from tests.bundle.triton_server import Server, running
@@ -107,7 +109,7 @@ def test_it_serves_what_is_published_and_nothing_worse(
         model.write_bytes(model.read_bytes()[:-40])
         relist(broken, "net/2/model.onnx")
         machine = environment.read()
-        with pytest.raises(InputError):
+        with pytest.raises(IntegrityError):
             publish(broken, repository, PublishOptions(url=url), target=machine)
         assert sorted(p.name for p in (repository / "net" / ".bundles").iterdir()) == ["1"]
         publish(make(linear, data, tmp_path / "3", 3), repository, PublishOptions(url=url))
@@ -135,6 +137,29 @@ def body(x: np.ndarray[Any, Any], **changes: Any) -> bytes:
     return json.dumps({"inputs": [{**told, **changes}]}).encode()
 
 
+FOREIGN = """
+import sys
+import numpy as np
+from tritonclient.http import InferenceServerClient, InferInput
+x = np.load(sys.argv[2])
+tensor = InferInput("x", list(x.shape), "FP32")
+tensor.set_data_from_numpy(x)
+np.save(sys.argv[3], InferenceServerClient(sys.argv[1]).infer("web", [tensor]).as_numpy("y"))
+"""
+
+
+def foreign(server: Server, x: np.ndarray[Any, Any], folder: Path) -> np.ndarray[Any, Any]:
+    """What Triton's own client is answered over HTTP, in binary: that of the server's wheel."""
+    np.save(folder / "x.npy", x)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    words = [HOME.absolute() / "bin" / "python", "-c", FOREIGN, server.http, "x.npy", "y.npy"]
+    done = subprocess.run(
+        words, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return np.array(np.load(folder / "y.npy"))
+
+
 def test_bad_requests_over_http_leave_it_ready(
     server: Server, linear: Artifact, data: Dataset, tmp_path: Path
 ):
@@ -147,6 +172,7 @@ def test_bad_requests_over_http_leave_it_ready(
     status, document = http(server, body(x))
     assert status == 200
     np.testing.assert_allclose(document["outputs"][0]["data"], want.ravel(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(foreign(server, x, tmp_path), want, rtol=1e-5, atol=1e-6)
     bad = [
         body(x, name="z"), body(x, datatype="FP64"), body(x, shape=[5, 4]), body(x, shape=[0, 3]),
         body(x, shape=[-5, 3]), body(np.zeros((33, 3), np.float32)), body(x)[:40], b"", b"[]",

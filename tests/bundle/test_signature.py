@@ -15,9 +15,9 @@ from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from deploykit.bundle import BundleError, PackageOptions, package, sign, verify
-from deploykit.formats import onnx_check
 from deploykit.dataset import Dataset
 from deploykit.errors import InputError, UsageError
+from deploykit.formats import onnx_check
 from deploykit.values import Artifact
 
 

@@ -26,6 +26,16 @@ def test_it_serves_the_repository_with_the_cores_it_was_tuned_for():
     assert "nvidia.com/gpu" not in found
 
 
+@pytest.mark.parametrize(
+    ("size_bytes", "asked", "memory"), [(1 << 18, None, "3Gi"), (1 << 30, None, "8Gi"),
+                                        (1 << 30, 5, "5Gi")],
+)  # fmt: skip
+def test_its_memory_is_for_every_copy_of_the_model(size_bytes: int, asked: int | None, memory: str):
+    member = Member(artifact=MODEL, backend="ort-cpu", label="", size_bytes=size_bytes)
+    serving = Serving(instances=2, memory_gib=asked, storage_uri="s3://models/net")
+    assert text(member, serving).count(f"memory: {memory}\n") == 2
+
+
 def test_what_triton_cannot_ask_of_a_cpu_the_scheduler_does():
     member = Member(
         artifact=MODEL,

@@ -23,9 +23,13 @@ import torch_pruning  # noqa: F401
 
 import deploykit.backends.ort
 import deploykit.bundle.publishing
+import deploykit.cli.bench
 import deploykit.cli.onnx_stages
+import deploykit.cli.run
 import deploykit.cli.ship
 import deploykit.cli.torch_stages
+import deploykit.pipeline
+import deploykit.stages.build
 import deploykit.stages.convert
 import deploykit.stages.distill
 import deploykit.stages.export

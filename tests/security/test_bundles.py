@@ -8,13 +8,13 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
 
 from deploykit import environment
 from deploykit.bundle import PackageOptions, package, sign, verify
@@ -27,7 +27,7 @@ from tests.bundle.test_verification import relist
 from tests.cli.conftest import Command
 from tests.security.conftest import Case, unchanged
 from tests.security.small import Place, Words
-from tests.security.test_models import bomb, of_nodes, twice
+from tests.security.test_models import bomb, custom, twice
 
 ec = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ec")
 pytest.importorskip("model_signing", reason="model-signing is not installed: deploykit[sign]")
@@ -140,9 +140,8 @@ def test_a_signed_bundle_that_was_changed(
 @pytest.mark.parametrize(
     ("model", "code", "told"),
     [
-        (bomb, 6, "memory"),
-        (of_nodes(helper.make_node("EPContext", ["x"], ["y"], domain="com.microsoft")), 5,
-         "need native code of others"),
+        (partial(bomb, 3), 6, "memory"),
+        (partial(custom, "EPContext", "com.microsoft"), 5, "need native code of others"),
         (twice, 5, "net/3/model.onnx"),
     ],
     ids=["takes all memory", "native code", "unsound"],

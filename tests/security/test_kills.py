@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploykit import store
+from deploykit import _json, store
 from deploykit.bundle import PackageOptions, package, sign, verify
 from deploykit.bundle.publishing import served_versions
 from deploykit.dataset import Dataset
+from deploykit.stages import build as building
 from deploykit.values import Artifact
 from tests.conftest import ROOT
 
@@ -39,7 +40,8 @@ Run = Callable[..., tuple[str, float]]
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """Runs a command in a fork, and kills it after a while; exit code or `killed`, and seconds."""
     scratch = tmp_path_factory.mktemp("scratch")
-    env = {**os.environ, "TMPDIR": str(scratch), "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    env = {**os.environ, "TMPDIR": str(scratch), "PYTHONPATH": os.pathsep.join(map(str, sys.path)),
+           "XDG_STATE_HOME": str(scratch / "state")}  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "tests.security.forks"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env,
@@ -85,14 +87,18 @@ def stage(name: str, place: Path, *, second: bool) -> tuple[object, ...]:
                     "--opset", "17" if second else "18"),
         "quantize": ("quantize", model, "--calibration-data", data, "--calibration-samples",
                      "32" if second else "64"),
+        "build": ("build", model, "--shapes-from", data, "--optimization-level", int(second)),
     }[name]  # fmt: skip
 
 
-STAGES = ("prune", "export", "distill", "convert", "quantize")
-SHARE = -(-KILLS // (len(STAGES) + 4))
+STAGES = ("prune", "export", "distill", "convert", "quantize", "build")
+SHARE = -(-KILLS // (len(STAGES) + 6))
+without_tensorrt = pytest.mark.skipif(
+    building.unavailable() is not None, reason=str(building.unavailable())
+)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", [*STAGES[:-1], pytest.param("build", marks=without_tensorrt)])
 def test_a_stage(name: str, place: Path, forks: Run) -> None:
     out, rng = place / "results" / "made", random.Random(name)
     keys, seconds = [], 0.0
@@ -195,3 +201,73 @@ def test_the_repository(name: str, bundles: list[Path], place: Path, forks: Run)
         assert forks("publish", bundles[2], repository)[0] == "0"
         assert served_versions(net)[-1] == 3
         assert not list(net.rglob(".*.tmp-*"))
+
+
+def test_bench(place: Path, forks: Run) -> None:
+    out, rng = place / "results" / "bench.json", random.Random(3)
+
+    def words(seed: int) -> tuple[object, ...]:
+        short = ("--preset", "quick", "--processes", "1", "--blocks", "15", "--block-ms", "2")
+        given = ("--data", place / "d.npz", "--backend", "ort-cpu", "--seed", seed)
+        return ("bench", place / "linear.onnx", *given, *short, "-o", out, "--force")
+
+    assert forks(*words(0))[0] == "0"
+    seconds = forks(*words(1))[1]
+    for turn in range(SHARE):
+        forks(*words(turn % 2), kill_after_s=rng.uniform(0, seconds))
+        found = _json.read(out)
+        assert found["measurements"]
+        assert found["options"]["seed"] in (0, 1)  # type: ignore[index, call-overload]
+    assert forks(*words(0))[0] == "0"
+    assert [path.name for path in out.parent.iterdir()] == ["bench.json"]
+
+
+RECIPE = """
+name = "net"
+[model]
+factory = "net.py:net"
+inputs = [{ name = "input", dtype = "float32", shape = ["batch", 3] }]
+[data]
+calibration = "input.npz"
+evaluation = "held.npz"
+[gates]
+metric = "agreement"
+max_drop = 0.9
+min_speedup = 0.01
+[quantize]
+target = "ort-cpu"
+scope = "compute"
+calibration_method = "minmax"
+corrections = []
+[bench]
+preset = "quick"
+processes = 1
+blocks = 15
+block_ms = 2
+backends = ["ort-cpu"]
+[package]
+layout = "triton"
+"""
+
+
+def test_run(place: Path, forks: Run) -> None:
+    """What lies in its folder is whole, and the same run again goes on to its end."""
+    x = np.random.default_rng(1).standard_normal((64, 3)).astype(np.float32)
+    np.savez(place / "held.npz", input=x, target=np.arange(64) % 4)
+    (place / "recipe.toml").write_text(RECIPE)
+    words, rng = ("run", place / "recipe.toml", "-o"), random.Random(4)
+    code, seconds = forks(*words, place / "once")
+    assert code in ("0", "7")  # which of two tiny models is faster is left to the machine
+    for turn in range(SHARE):
+        out = place / "results" / str(turn)
+        forks(*words, out, kill_after_s=rng.uniform(0, seconds))
+        for path in (*out.glob("work/*.onnx"), *out.glob("*.json"), *out.glob("bundle")):
+            if path.suffix == ".onnx":
+                assert store.read(path) is not None
+            elif path.name == "bundle":
+                assert verify(path)
+            else:
+                assert _json.read(path)
+        assert forks(*words, out)[0] in ("0", "7")
+        assert (out / "report.html").exists()
+        assert not list(out.rglob(".*.tmp-*"))

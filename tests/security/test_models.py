@@ -144,14 +144,15 @@ def weight(dims: tuple[int, ...], raw: bytes) -> Callable[[], onnx.ModelProto]:
     return make
 
 
-def bomb() -> onnx.ModelProto:
+def bomb(width: int = 4) -> onnx.ModelProto:
     size = numpy_helper.from_array(np.array([10**6, 10**6], np.int64), "size")
     nodes = [
         helper.make_node("ConstantOfShape", ["size"], ["c"]),
         helper.make_node("ReduceMax", ["c"], ["m"]),
         helper.make_node("Add", ["x", "m"], ["y"]),
     ]
-    return model(nodes=nodes, initializer=[size], outputs=[value("y")])
+    inputs, outputs = ([value(name, ("batch", width))] for name in ("x", "y"))
+    return model(nodes=nodes, initializer=[size], inputs=inputs, outputs=outputs)
 
 
 def opset() -> onnx.ModelProto:

@@ -29,7 +29,9 @@ ELSEWHERE = {
     ],
     23: [
         "tests/security/test_kills.py::test_a_stage",
+        "tests/security/test_kills.py::test_bench",
         "tests/security/test_kills.py::test_package",
+        "tests/security/test_kills.py::test_run",
         "tests/security/test_kills.py::test_sign",
         "tests/security/test_kills.py::test_the_repository",
         "tests/test_store.py::test_a_kill_before_any_step_leaves_old_or_new_with_its_record",

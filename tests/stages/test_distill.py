@@ -331,12 +331,12 @@ def test_a_teacher_of_other_classes(student: Artifact, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_only_pytorch_models(
+def test_an_engine_neither_learns_nor_teaches(
     role: str, student: Artifact, teacher: Artifact, tmp_path: Path
 ) -> None:
     models = {"student": student, "teacher": teacher}
-    models[role] = models[role].model_copy(update={"format": "onnx"})
-    with pytest.raises(InputError, match=f"the {role} must be a PyTorch model"):
+    models[role] = models[role].model_copy(update={"format": "engine"})
+    with pytest.raises(InputError, match=f"the {role} must be a PyTorch or ONNX model"):
         distill(
             models["student"], QUICK, teacher=models["teacher"], data=data(tmp_path),
             out=tmp_path / "out",

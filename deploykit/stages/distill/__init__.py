@@ -13,11 +13,10 @@ from deploykit import _files, environment, evaluation, store
 from deploykit._code import load_function
 from deploykit._lazy import needs
 from deploykit.dataset import Dataset
-from deploykit.errors import InputError, UsageError
-from deploykit.formats import torch_folder
-from deploykit.stages.distill import checkpoint
+from deploykit.errors import UsageError
+from deploykit.stages.distill import checkpoint, models
 from deploykit.stages.distill.crew import Crew, joined
-from deploykit.stages.distill.lesson import arrange, check, opened, read
+from deploykit.stages.distill.lesson import check, read
 from deploykit.stages.distill.losses import kd_loss
 from deploykit.stages.distill.options import DistillOptions
 from deploykit.stages.distill.training import Place, Progress, Training
@@ -45,19 +44,20 @@ def distill(  # noqa: PLR0913 - a teacher and data beside what every stage takes
     their outputs. After each epoch but the last the training is kept beside `out`; the same job
     goes on from there. Under `torchrun` all processes share each batch, and the first one writes.
 
-    Raises InputError: a model is no torch artifact, the data does not fit, or the outputs of the
-    models differ in shape. UsageError: no labels, and alpha below 1. StageError: the loss is no
-    longer finite; the last checkpoint is kept. ResourceError: the disk is full.
+    A student in ONNX is trained as the engine computes it: what is quantized in it stays quantized,
+    with scales that are learned (quantization-aware training), and goes back into the same graph.
+
+    Raises InputError: a model is neither PyTorch nor ONNX, or holds what cannot be trained, the
+    data does not fit, or the outputs of the models differ in shape. UsageError: no labels, and
+    alpha below 1. StageError: the loss is no longer finite; the last checkpoint is kept.
+    ResourceError: the disk is full. AnswerIsNo: ONNX Runtime computes something else than was
+    trained.
     """
     teachers = (teacher,) if isinstance(teacher, Artifact) else tuple(teacher)
     if not teachers:
         raise UsageError("there is no teacher", hint="give at least one")
     for role, model in (("student", student), *(("teacher", t) for t in teachers)):
-        if model.format != "torch":
-            raise InputError(
-                f"{model.path}: the {role} must be a PyTorch model, this one is {model.format}",
-                hint="distill before the export",
-            )
+        models.check(role, model)
         data.matching(model.inputs)
     others = _others(teachers, data, options)
     job = Job(stage="distill", source=student, options=options, others=others, libraries=LIBRARIES)
@@ -69,7 +69,7 @@ def distill(  # noqa: PLR0913 - a teacher and data beside what every stage takes
         def work(folder: Path) -> Made:
             facts = course.held(crew, place, tell, folder)
             return Made(
-                format="torch",
+                format=student.format,
                 precision=student.precision,
                 inputs=student.inputs,
                 outputs=student.outputs,
@@ -110,25 +110,15 @@ class _Course:
     data: Dataset
     options: DistillOptions
 
-    def held(self, crew: Crew, place: Place, tell: Progress, folder: Path | None) -> Json:
-        """Train, and write the student into `folder` if there is one; returns the facts."""
-        import torch
-
+    def held(self, crew: Crew, place: Place, tell: Progress, out: Path | None) -> Json:
+        """Train, and write the student at `out` if it is given; returns the facts."""
         with _reproducible(self.options):
-            pupil, masters = opened(self.student), [opened(t) for t in self.teachers]
+            pupil, *masters = map(models.opened, (self.student, *self.teachers))
             lesson = read(self.data, self.options)
             check(pupil, masters, lesson, self.options.loss)
             facts = Training(pupil, masters, lesson, self.options, crew).run(place, tell)
-            if folder:
-                description = torch_folder.describe(self.student.path)
-                arrange(pupil.module, torch.contiguous_format)
-                torch_folder.write(
-                    pupil.module,
-                    description,
-                    torch_folder.factory_file(self.student.path, description),
-                    folder,
-                    torch_folder.own_examples(self.student.path),
-                )
+            if out:
+                facts |= models.write(pupil, self.student, out, lesson)
         return facts
 
 

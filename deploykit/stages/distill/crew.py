@@ -76,5 +76,5 @@ def joined() -> Iterator[Crew]:
         yield Crew(dist.get_rank(), dist.get_world_size())
     finally:
         if own:
-            gc.collect()  # a module in a cycle would keep the group's threads to the very end: abort
+            gc.collect()  # a module in a cycle keeps the group's threads to the end, which aborts
             dist.destroy_process_group()

@@ -28,7 +28,9 @@ class Tap:
             if name not in modules:
                 raise InputError(
                     f"a hint names {name!r}, and the model has no such layer",
-                    hint=did_you_mean(name, [n for n in modules if n]),
+                    hint=did_you_mean(name, [n for n in modules if n])
+                    if any(modules)
+                    else "leave hints out: a model in ONNX has none",
                 )
         self._hooks = [
             modules[name].register_forward_hook(lambda *run, name=name: self._note(name, run[-1]))

@@ -11,9 +11,9 @@ import numpy as np
 from deploykit._code import load_function
 from deploykit.dataset import Dataset
 from deploykit.errors import InputError, UsageError
-from deploykit.formats import torch_folder, torch_module
+from deploykit.formats import torch_module
 from deploykit.stages.distill.options import DistillOptions
-from deploykit.values import Array, Artifact, TensorSpec
+from deploykit.values import Array, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -64,22 +64,6 @@ class Model:
             starts = range(0, len(lesson), size)
             parts = [self.outputs(lesson.rows(slice(i, i + size))) for i in starts]
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
-
-
-def opened(artifact: Artifact) -> Model:
-    """Load a model; weights with the channels last train faster on a processor."""
-    import torch
-
-    sparse = torch_folder.describe(artifact.path).sparse
-    model = Model(torch_folder.load(artifact), artifact.inputs, sparse)
-    if all(parameter.ndim <= 4 for parameter in model.module.parameters()):
-        arrange(model.module, torch.channels_last)
-    return model
-
-
-def arrange(module: nn.Module, memory_format: torch.memory_format) -> None:
-    """Lay the weights out in memory, in place."""
-    module.to(memory_format=memory_format)  # type: ignore[call-overload]
 
 
 def read(data: Dataset, options: DistillOptions) -> Lesson:

@@ -72,7 +72,7 @@ class Point:
             "sqnr_db": round(self.sqnr_db, 2),
             "score": self.score,
             "drop": self.drop and self.drop.value,
-            "drop_95": self.drop and [self.drop.low, self.drop.high],
+            "drop_95": self.drop and _known(self.drop),
             "scored_samples": self.scored_samples,
             "time_ratio": self.time_ratio and round(self.time_ratio, 3),
             "time_ratio_95": self.time_bounds and [round(bound, 3) for bound in self.time_bounds],
@@ -306,3 +306,8 @@ def _noise(reference: Array, candidate: Array) -> float:
 def _batch(source: Artifact) -> int:
     first = source.inputs[0].shape[0]
     return first if isinstance(first, int) else 1
+
+
+def _known(interval: Interval) -> list[float] | None:
+    """None where the metric tells none."""
+    return None if math.isnan(interval.low) else [interval.low, interval.high]
