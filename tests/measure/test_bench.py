@@ -101,10 +101,10 @@ def test_what_a_runtime_did_with_part_of_the_work_is_told(result):
 
 
 def test_a_trend_over_the_run_is_a_disturbance_and_named(measured):
-    rising = measured([[1e6 * (1 + 0.01 * i)] * 3 for i in range(30)], name="rising")
+    rising = measured([[1e6 * (1 + 0.02 * i)] * 3 for i in range(30)], name="rising")
     flat = measured([[1e6] * 3] * 30)
     assert _drifts([rising, flat, rising.model_copy(update={"invalid": "gone"})]) == [
-        "rising (batch 1): a call went from 1.04 to 1.25 ms over the run"
+        "rising (batch 1): a call went from 1.09 to 1.49 ms over the run"
     ]
 
 
