@@ -1,4 +1,7 @@
-"""Energy counters of this machine: of its CPU packages (RAPL), and of its GPUs (NVML)."""
+"""Energy counters of this machine: of its CPU packages (RAPL), and of its GPUs (NVML).
+
+They have been read from fakes only so far: no machine with real counters was at hand.
+"""
 
 from __future__ import annotations
 
