@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 
 from deploykit.values import Value
@@ -60,6 +61,60 @@ def driver() -> str | None:
     code = nvml.nvmlSystemGetDriverVersion(version, len(version))
     nvml.nvmlShutdown()
     return None if code else version.value.decode(errors="replace")
+
+
+def used_bytes() -> int | None:
+    """Memory in use on all GPUs, by all programs; None where NVML does not tell."""
+
+    class Memory(ctypes.Structure):
+        """nvmlMemory_t."""
+
+        _fields_ = [(name, ctypes.c_ulonglong) for name in ("total", "free", "used")]
+
+    def ask(nvml: ctypes.CDLL, device: ctypes.c_void_p) -> int | None:
+        memory = Memory()
+        failed = nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory))
+        return None if failed else int(memory.used)
+
+    return _sum(ask)
+
+
+def energy_uj() -> int | None:
+    """What all GPUs took since the driver was loaded, in microjoules; None where it is not told."""
+
+    def ask(nvml: ctypes.CDLL, device: ctypes.c_void_p) -> int | None:
+        millijoules = ctypes.c_ulonglong()
+        failed = nvml.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(millijoules))
+        return None if failed else millijoules.value * 1000
+
+    return _sum(ask)
+
+
+def _sum(ask: Callable[[ctypes.CDLL, ctypes.c_void_p], int | None]) -> int | None:
+    """Over all GPUs; None where there is none, or one does not tell."""
+    nvml, count = _nvml(), ctypes.c_uint()
+    if nvml is None or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) or not count.value:
+        return None
+    total = 0
+    for index in range(count.value):
+        device = ctypes.c_void_p()
+        if nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)):
+            return None
+        told = ask(nvml, device)
+        if told is None:
+            return None
+        total += told
+    return total
+
+
+@cache
+def _nvml() -> ctypes.CDLL | None:
+    """NVML, ready until this process ends; None where there is none."""
+    try:
+        nvml = ctypes.CDLL(MANAGEMENT)
+    except OSError:
+        return None
+    return None if nvml.nvmlInit_v2() else nvml
 
 
 def unavailable() -> str | None:

@@ -295,6 +295,11 @@ class Measurement(Value):
     """Of each process: the time of a fixed piece of work, which tells of the machine alone."""
     placement: Placement
     peak_rss_bytes: int
+    device_memory_bytes: int | None = None
+    """In use on the GPUs after the first run and not before the model was opened, the largest of
+    the processes; None where that is not told."""
+    energy_uj: dict[str, tuple[int, ...]] = {}
+    """What the machine took in each block by each meter that it has, in microjoules."""
     transfers: Literal["host to host"] = "host to host"
     affinity: tuple[int, ...] = ()
     kernels: tuple[Kernel, ...] = ()

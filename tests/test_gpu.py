@@ -56,6 +56,55 @@ def fake_nvml(*, init: int = 0, code: int = 0) -> Any:
     )
 
 
+def fake_meters(*, boards: int = 2, code: int = 0) -> Any:
+    """NVML of boards with 3 and 5 GB in use, that took 7 and 11 mJ."""
+
+    def get_count(target: Any) -> int:
+        target._obj.value = boards
+        return 0
+
+    def get_handle(index: int, target: Any) -> int:
+        target._obj.value = index + 1
+        return 0
+
+    def get_memory(handle: Any, target: Any) -> int:
+        target._obj.used = (3, 5)[handle.value - 1] * 10**9
+        return 0
+
+    def get_energy(handle: Any, target: Any) -> int:
+        target._obj.value = (7, 11)[handle.value - 1]
+        return code
+
+    return SimpleNamespace(
+        nvmlInit_v2=lambda: 0, nvmlDeviceGetCount_v2=get_count,
+        nvmlDeviceGetHandleByIndex_v2=get_handle, nvmlDeviceGetMemoryInfo=get_memory,
+        nvmlDeviceGetTotalEnergyConsumption=get_energy,
+    )  # fmt: skip
+
+
+def test_memory_and_energy_are_those_of_all_gpus(libraries: dict[str, Any]) -> None:
+    libraries[gpu.MANAGEMENT] = fake_meters()
+    assert gpu.used_bytes() == 8 * 10**9
+    assert gpu.energy_uj() == 18_000
+
+
+@pytest.mark.parametrize("nvml", [None, fake_nvml(init=9), fake_meters(boards=0)])
+def test_no_gpu_tells_no_memory_and_no_energy(libraries: dict[str, Any], nvml: Any) -> None:
+    if nvml:
+        libraries[gpu.MANAGEMENT] = nvml
+    assert (gpu.used_bytes(), gpu.energy_uj()) == (None, None)
+
+
+def test_a_gpu_without_an_energy_counter_tells_memory_alone(libraries: dict[str, Any]) -> None:
+    libraries[gpu.MANAGEMENT] = fake_meters(code=3)
+    assert (gpu.used_bytes(), gpu.energy_uj()) == (8 * 10**9, None)
+
+
+def forget() -> None:
+    for asked in (gpu.devices, gpu.driver, gpu._nvml):
+        asked.cache_clear()
+
+
 @pytest.fixture
 def libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """What can be loaded, by name; asked anew."""
@@ -67,11 +116,9 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         return known[name]
 
     monkeypatch.setattr(ctypes, "CDLL", load)
-    gpu.devices.cache_clear()
-    gpu.driver.cache_clear()
+    forget()
     yield known
-    gpu.devices.cache_clear()
-    gpu.driver.cache_clear()
+    forget()
 
 
 def test_every_gpu_and_the_driver_are_read(libraries: dict[str, Any]) -> None:

@@ -126,6 +126,17 @@ def differing(limits: Limits, options: BenchOptions, data: Dataset | None) -> li
     return found
 
 
+def ungated(limits: Limits, names: Sequence[str], options: BenchOptions) -> list[str]:
+    """A sentence for each engine that the earlier run cannot judge.
+
+    Raises UsageError: it can judge none.
+    """
+    if not limits.then:
+        return []
+    missing = gate.unknown(limits.then, names, options.batch_sizes)
+    return [f"{each} is not in it" for each in missing]
+
+
 def judged(result: BenchResult, limits: Limits, unlike: list[str]) -> BenchResult:
     """The result with what the gate found."""
     found: dict[str, Any] = {}
@@ -153,6 +164,13 @@ def check_valid(result: BenchResult) -> None:
 
 
 def _check_scenarios(result: BenchResult) -> None:
+    for each in result.instances:
+        if each.invalid:
+            raise AnswerIsNo(
+                f"{len(each.blocks_ns)} instances of {each.name} at once are invalid: "
+                f"{each.invalid}",
+                hint="their throughput is not known",
+            )
     for run in result.scenarios:
         if not run.valid:
             why = run.invalid or run.reason

@@ -20,6 +20,7 @@ from deploykit.cli._limits import (
     judged,
     limit_options,
     limits_of,
+    ungated,
 )
 from deploykit.cli._observer import Terminal, console
 from deploykit.dataset import Dataset
@@ -82,6 +83,7 @@ def bench_command(
     _check_output(given["page"], ".html", force=force)
     unlike = differing(limits, options, opened)
     candidates = _candidates(models, names, given, opened)
+    unlike += ungated(limits, [each.name for each in candidates], options)
     with Terminal() as terminal:
         scores = _scores(candidates, limits, opened, terminal)
         terminal.step("bench", f"{len(candidates)} engines")

@@ -27,7 +27,7 @@ def check_batch_sizes(candidates: Sequence[Candidate], sizes: Sequence[int]) -> 
             if odd:
                 raise UsageError(
                     f"{candidate.name}: the batch of {spec} is fixed, asked for {odd[0]}",
-                    hint=f"use --batch-size {fixed}, or export with a dynamic batch",
+                    hint=f"use --batch-sizes {fixed}, or export with a dynamic batch",
                 )
 
 
@@ -45,7 +45,7 @@ def make_pool(
     if not pool:
         raise InputError(
             f"{data.reference if data else 'random'}: less than one batch of {size} samples",
-            hint="give more data or a smaller --batch-size",
+            hint="give more data or smaller --batch-sizes",
         )
     for candidate in candidates:
         _check_fit(candidate, pool[0])

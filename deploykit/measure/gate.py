@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from math import exp, hypot, log
 from statistics import median
 
@@ -32,6 +33,31 @@ def differences(
     return found + [f"the preset was quick {when}" for when in quick]
 
 
+def unknown(then: BenchResult, names: Sequence[str], sizes: Sequence[int]) -> list[str]:
+    """What the earlier run has no valid times of, to know before a minute of work.
+
+    Raises UsageError: of nothing, or there is no noise floor at a batch size to compare at.
+    """
+    valid = {(m.name, m.batch_size) for m in then.measurements if not m.invalid}
+    asked = [(name, size) for size in dict.fromkeys(sizes) for name in names]
+    common = [each for each in asked if each in valid]
+    if not common:
+        raise _nothing_common([name for name, _ in valid if name != then.control])
+    for _, size in common:
+        if not {(then.baseline, size), (then.control, size)} <= valid:
+            raise UsageError(
+                f"the earlier run has no noise floor at batch {size}: its baseline or the control "
+                "is invalid",
+                hint="measure it again",
+            )
+    return [f"{name} (batch {size})" for name, size in asked if (name, size) not in valid]
+
+
+def _nothing_common(names: Iterable[str]) -> UsageError:
+    told = ", ".join(dict.fromkeys(names)) or "none"
+    return UsageError("no engine was measured in both runs", hint=f"the earlier run has: {told}")
+
+
 def slowdowns(now: BenchResult, then: BenchResult, limit: float) -> tuple[Slowdown, ...]:
     """Each engine that both runs measured, beside itself.
 
@@ -47,10 +73,7 @@ def slowdowns(now: BenchResult, then: BenchResult, limit: float) -> tuple[Slowdo
         if not m.invalid and m.name != now.control and (m.name, m.batch_size) in before
     ]
     if not pairs:
-        names = ", ".join(dict.fromkeys(name for name, _ in before)) or "none"
-        raise UsageError(
-            "no engine was measured in both runs", hint=f"the earlier run has: {names}"
-        )
+        raise _nothing_common(name for name, _ in before)
     machine = _machine(now, then)
     estimates = [_log_ratio(*pair) for pair in pairs]
     corrected = statistics.holm([estimate.p_value() for estimate in estimates])

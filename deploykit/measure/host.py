@@ -124,18 +124,6 @@ def busy_ticks() -> tuple[int, int] | None:
     return user + nice + system + softirq, sum(ticks)
 
 
-def energy_uj() -> int | None:
-    """Energy counter of the first CPU package in microjoules (RAPL); None where it is not told.
-
-    It starts anew now and then: a difference below zero is none.
-    """
-    path = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
 def notes(environment: Environment, steal: float | None, others: float | None) -> list[str]:
     """What about the machine makes times noisy, one sentence each."""
     found = _standing(environment)

@@ -10,6 +10,7 @@ from typing import Self
 
 from deploykit.measure import feeds, outputs, proof
 from deploykit.measure.child import Child, ChildError
+from deploykit.measure.drift import drift
 from deploykit.measure.protocol import (
     Drive,
     Driven,
@@ -23,7 +24,6 @@ from deploykit.measure.protocol import (
     WarmUp,
 )
 from deploykit.measure.result import BenchOptions, Candidate
-from deploykit.measure.statistics import drift
 from deploykit.values import Array, Measurement, Placement, SessionOptions, V, Value
 
 MIN_WARMUP_RUNS, WARMUP_WINDOWS, WARMUP_LIMIT = 5, 5, 10
@@ -52,6 +52,8 @@ class Lane:
         self.before: list[dict[str, Array]] = []
         """Outputs of the first feeds, before timing."""
         self.blocks_ns: list[tuple[int, ...]] = []
+        self.energy_uj: list[dict[str, int]] = []
+        """Of each block."""
         self.cosines: dict[str, float] = {}
         self._setup, self._folder = setup, folder
         self._session_options = SessionOptions(threads=setup.options.threads)
@@ -108,6 +110,7 @@ class Lane:
         request = Time(start=start, budget_ns=int(self._setup.options.effort.block_ms * 1e6))
         if timed := self._ask(request, Timed, request.budget_ns):
             self.blocks_ns.append(timed.calls_ns)
+            self.energy_uj.append(timed.energy_uj)
 
     def drive(self, request: Drive, seconds: float) -> Driven | None:
         """Let LoadGen run a scenario; void if it takes longer than `seconds` and the silence."""
@@ -145,9 +148,11 @@ class Lane:
             yardsticks_ns=(self._opened.yardstick_ns,) if self._opened.yardstick_ns else (),
             warmup_runs=self._warmup_runs,
             blocks_ns=tuple(self.blocks_ns),
+            energy_uj=told_by_all(self.energy_uj),
             placement=self._finished.placement,
             kernels=self._finished.kernels,
             peak_rss_bytes=self._finished.peak_rss_bytes,
+            device_memory_bytes=self._opened.device_bytes,
             affinity=self._opened.affinity,
             cosines=self.cosines,
             invalid=self.invalid,
@@ -204,6 +209,12 @@ class Lane:
         traceback: TracebackType | None,
     ) -> None:
         self._child.close()
+
+
+def told_by_all(blocks: Sequence[dict[str, int]]) -> dict[str, tuple[int, ...]]:
+    """Microjoules of each block, of the meters that told all of them."""
+    meters = [m for m in (blocks[0] if blocks else {}) if all(m in block for block in blocks)]
+    return {meter: tuple(block[meter] for block in blocks) for meter in meters}
 
 
 def _drift(warmed: Warmed) -> tuple[float, float] | None:

@@ -32,13 +32,15 @@ class Opened(Value):
 
     `load_ns` is the wall time of opening the session without that of import statements: reading
     the file, building and optimizing. `first_run_ns` is the first call, host to host.
-    `yardstick_ns` is the time of `timing.yardstick` before that.
+    `yardstick_ns` is the time of `timing.yardstick` before that. `device_bytes` is the memory that
+    was in use on the GPUs then and not before; None where that is not told.
     """
 
     load_ns: int
     first_run_ns: int
     yardstick_ns: int
     affinity: tuple[int, ...]
+    device_bytes: int | None = None
 
 
 class WarmUp(Value):
@@ -67,9 +69,10 @@ class Time(Value):
 
 
 class Timed(Value):
-    """The time of each call of one block."""
+    """The time of each call of one block, and what the machine took meanwhile by each meter."""
 
     calls_ns: tuple[int, ...]
+    energy_uj: dict[str, int] = {}
 
 
 class Drive(Value):

@@ -21,8 +21,10 @@ from deploykit.dataset import Dataset
 from deploykit.errors import MissingError, UsageError
 from deploykit.measure import feeds, host
 from deploykit.measure.child import WORKER
+from deploykit.measure.drift import trend
 from deploykit.measure.instances import split_cores, together
 from deploykit.measure.lane import Lane, Setup
+from deploykit.measure.meters import CPU, GPU
 from deploykit.measure.result import (
     MIN_BLOCKS,
     BenchOptions,
@@ -42,6 +44,8 @@ PATIENCE = 2
 """A round whose blocks take this many times the planned time ends early, at MIN_BLOCKS or later."""
 MIN_PROCESSES, LONG = 3, 4
 """With so many processes each, a run ends that has taken so many times what was planned."""
+
+METERS = (CPU, GPU)
 
 
 def bench(
@@ -72,7 +76,7 @@ def bench(
         run.measure(batch_size)
     steal = host.steal_share(ticks, host.cpu_ticks())
     others = host.others_share(busy, host.busy_ticks(), host.own_ticks() - own)
-    disturbances = host.notes(before, steal, others)
+    disturbances = [*host.notes(before, steal, others), *_drifts(run.measurements)]
     return BenchResult(
         baseline=candidates[0].name,
         control=control.name,
@@ -115,6 +119,19 @@ def _notes(options: BenchOptions, data: Dataset | None) -> list[str]:
     return found
 
 
+def _drifts(measurements: Sequence[Measurement]) -> list[str]:
+    """Engines whose times moved one way over the run."""
+    found = []
+    for m in measurements:
+        if not m.invalid and (levels := trend(m)):
+            first, last = (level / 1e6 for level in levels)
+            found.append(
+                f"{m.name} (batch {m.batch_size}): a call went from {first:.3g} to {last:.3g} ms "
+                "over the run"
+            )
+    return found
+
+
 def _silent(what: str, done: int, steps: int) -> None:
     del what, done, steps
 
@@ -151,7 +168,10 @@ class _Run:
         parts: dict[str, list[Measurement]] = {entry.name: [] for entry in self._entries}
         with TemporaryDirectory(prefix="deploykit-bench-") as name:
             pool = Path(name) / "pool.npz"
-            feeds.write(pool, feeds.make_pool(self._entries, batch_size, self._data, self._rng))
+            made = feeds.make_pool(self._entries, batch_size, self._data, self._rng)
+            feeds.write(pool, made)
+            if len(made) == 1:
+                self._note(f"every call at batch {batch_size} ran on the same input, and no other")
             for number in self._rounds():
                 good = [e for e in self._entries if not any(p.invalid for p in parts[e.name])]
                 for part in self._round(good, batch_size, pool, number):
@@ -252,6 +272,9 @@ def merged(parts: Sequence[Measurement]) -> Measurement:
 
     What is told once (the placement, the cosines) is the first process's.
     """
+    blocks = sum(len(part.blocks_ns) for part in parts)
+    energy = {m: tuple(e for p in parts for e in p.energy_uj.get(m, ())) for m in METERS}
+    devices = [p.device_memory_bytes for p in parts if p.device_memory_bytes is not None]
     invalid = next((part.invalid for part in parts if part.invalid), None)
     return parts[0].model_copy(
         update={
@@ -264,6 +287,8 @@ def merged(parts: Sequence[Measurement]) -> Measurement:
             "blocks_ns": tuple(block for part in parts for block in part.blocks_ns),
             "process_blocks": tuple(len(part.blocks_ns) for part in parts),
             "peak_rss_bytes": max(part.peak_rss_bytes for part in parts),
+            "device_memory_bytes": max(devices, default=None),
+            "energy_uj": {m: told for m, told in energy.items() if told and len(told) == blocks},
             "invalid": invalid,
         }
     )

@@ -21,7 +21,6 @@ from deploykit.values import Array, Interval, Measurement, Value
 SEED = 0
 """Of the bootstrap: the same times give the same interval."""
 RESAMPLES, QUANTILE_RESAMPLES = 9999, 999
-DRIFT_WINDOWS = 18
 SIGNIFICANT = 0.05
 """Largest p-value of a claim, over all comparisons of a run together."""
 
@@ -112,6 +111,27 @@ def throughput(measurement: Measurement) -> Interval:
     found = _estimate(len(units), lambda p: np.log(size * samples[p].sum(-1) / seconds[p].sum(-1)))
     low, high = found.bounds()
     return Interval(value=exp(found.value), low=exp(low), high=exp(high))
+
+
+def energy_mj(measurement: Measurement) -> dict[str, Interval]:
+    """Millijoules a sample by each meter: what the machine took over the samples of the blocks.
+
+    A ratio estimator as `throughput`, its error by bootstrap over processes.
+    """
+    units = _units(measurement)
+    sizes = [len(block) * measurement.batch_size for block in _blocks(measurement)]
+    samples = np.array([sum(sizes[i] for i in unit) for unit in units])
+    told = {}
+    for meter, blocks in measurement.energy_uj.items():
+        spent = np.array([sum(blocks[i] for i in unit) for unit in units]) / 1e3
+        found = _of_sums(spent, samples)
+        low, high = found.bounds()
+        told[meter] = Interval(value=found.value, low=max(0.0, low), high=high)
+    return told
+
+
+def _of_sums(above: Array, below: Array) -> Estimate:
+    return _estimate(len(above), lambda p: above[p].sum(-1) / below[p].sum(-1))
 
 
 def throughput_together(instances: Instances) -> Interval:
@@ -265,25 +285,6 @@ def _comparison(result: BenchResult, name: str, batch_size: int, p_value: float)
     return Comparison(
         name=name, batch_size=batch_size, speedup=found, noise=noise, p_value=p_value, claim=claim
     )
-
-
-def drift(medians: Sequence[int]) -> tuple[float, float] | None:
-    """First and last level of window medians that still move one way at the end, or None.
-
-    The thirds of the later half must step in one direction, 5 % each and 20 % together, and their
-    middle halves must not overlap: noise has no direction, and the one step of a busy neighbour is
-    no drift. Fewer than DRIFT_WINDOWS in that half tell nothing.
-    """
-    late = np.log(medians[len(medians) // 2 :])
-    if len(late) < DRIFT_WINDOWS:
-        return None
-    low, level, high = np.transpose(
-        [np.quantile(third, (0.25, 0.5, 0.75)) for third in np.array_split(late, 3)]
-    )
-    steps = np.diff(level)
-    up = (steps > log(1.05)).all() and (low[1:] > high[:-1]).all()
-    down = (steps < -log(1.05)).all() and (high[1:] < low[:-1]).all()
-    return (exp(level[0]), exp(level[2])) if (up or down) and abs(steps.sum()) > log(1.2) else None
 
 
 def _blocks(measurement: Measurement) -> list[Array]:

@@ -25,15 +25,22 @@ YARDSTICK_NS = 20_000_000
 STEADY_WINDOWS, STEADY_SPREAD = 3, 1.05
 
 
-def time_block(calls: Calls, start: int, budget_ns: int, clock_ns: Clock) -> tuple[int, ...]:
+def time_block(
+    calls: Calls,
+    start: int,
+    budget_ns: int,
+    clock_ns: Clock,
+    begin: Callable[[], None] = lambda: None,
+) -> tuple[int, ...]:
     """Nanoseconds of each call for about `budget_ns`, at least one; the pool is cycled.
 
-    Before that it runs untimed for a tenth of the budget, at least one call. The garbage collector
-    is off.
+    Before that it runs untimed for a tenth of the budget, at least one call; `begin` is called
+    between the two. The garbage collector is off.
     """
     gc.disable()
     try:
         _run(calls, start, int(budget_ns * RAMP), clock_ns)
+        begin()
         return tuple(_run(calls, start, budget_ns, clock_ns))
     finally:
         gc.enable()

@@ -15,10 +15,12 @@ from threading import Thread
 from time import perf_counter_ns
 from typing import BinaryIO
 
+from deploykit import gpu
 from deploykit.backends import open_session
 from deploykit.errors import DeploykitError
 from deploykit.measure import feeds
 from deploykit.measure.layers import located
+from deploykit.measure.meters import Meters
 from deploykit.measure.protocol import (
     REQUEST,
     Drive,
@@ -49,6 +51,7 @@ class Worker:
 
     def __init__(self, opener: Opener) -> None:
         self._opener = opener
+        self._meters = Meters()
         self._artifact: Artifact
         self._session: Session
         self._calls: Calls
@@ -63,8 +66,7 @@ class Worker:
             case WarmUp():
                 return self._warm_up(request)
             case Time():
-                timed = time_block(self._calls, request.start, request.budget_ns, perf_counter_ns)
-                return Timed(calls_ns=timed)
+                return self._time(request)
             case Drive():
                 from deploykit.measure.loadgen import drive
 
@@ -72,10 +74,17 @@ class Worker:
             case Finish():
                 return self._finish(request)
 
+    def _time(self, request: Time) -> Timed:
+        timed = time_block(
+            self._calls, request.start, request.budget_ns, perf_counter_ns, self._meters.start
+        )
+        return Timed(calls_ns=timed, energy_uj=self._meters.stop())
+
     def _open(self, request: Open) -> Opened:
         affinity, self._artifact = _pin(request.affinity), request.artifact
         pool = feeds.read(request.feeds)
         yardstick_ns = yardstick(perf_counter_ns)
+        device_before = gpu.used_bytes()
         began = perf_counter_ns()
         with ImportClock(perf_counter_ns) as imports:
             self._session = self._opener(request.artifact, request.backend, request.options)
@@ -89,6 +98,7 @@ class Worker:
             first_run_ns=first_run_ns,
             yardstick_ns=yardstick_ns,
             affinity=affinity,
+            device_bytes=_more(device_before, gpu.used_bytes()),
         )
 
     def _warm_up(self, request: WarmUp) -> Warmed:
@@ -122,6 +132,11 @@ def _first_outputs(session: Session, pool: Sequence[Feed]) -> tuple[int, list[di
             break
         outputs.append(session.run(feed))
     return first_run_ns, outputs
+
+
+def _more(before: int | None, after: int | None) -> int | None:
+    """By how much; None where either is not told."""
+    return None if before is None or after is None else max(0, after - before)
 
 
 def _pin(cores: tuple[int, ...]) -> tuple[int, ...]:

@@ -34,6 +34,7 @@ def render(result: BenchResult) -> str:
     valid = [m for m in result.measurements if not m.invalid]
     return template.render(
         invalid=[m for m in result.measurements if m.invalid],
+        failed=bench_text.failed(result),
         quick=result.options.preset == "quick",
         notes=result.notes,
         sentences=bench_text.sentences(result),

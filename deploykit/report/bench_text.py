@@ -21,6 +21,10 @@ HOW_TO_READ = (
 LOADGEN = (
     "Latency of scenarios is from the scheduled arrival to the end. These are no MLPerf results."
 )
+NOT_SERVED = (
+    "Times are the engine's, host to host in its own process; a server's are not among them "
+    "(`deploykit package --slo` measures those)."
+)
 WORTH_TELLING = 0.05
 """Share of the kernels' time."""
 
@@ -51,6 +55,10 @@ def times(result: BenchResult) -> list[tuple[str, ...]]:
 def apart(result: BenchResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """APART, with the metric if there is one, and its rows: what is none of the latency's."""
     metric = {score.metric for score in result.scores.values()}
+    devices = any(m.device_memory_bytes is not None for m in result.measurements)
+    meters = dict.fromkeys(
+        meter for m in result.measurements if not m.invalid for meter in m.energy_uj
+    )
     rows = [
         (
             m.name,
@@ -60,12 +68,24 @@ def apart(result: BenchResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
             size(m.peak_rss_bytes),
             str(max(1, len(m.process_blocks))),
             str(sum(map(len, m.blocks_ns))),
+            *([_size(m.device_memory_bytes)] if devices else []),
+            *_energy(m, list(meters)),
             *([interval(_score(result, m.name), 4)] if result.scores else []),
         )
         for m in result.measurements
         if not m.invalid
     ]
-    return (*APART, *metric), rows
+    gpu = ("GPU memory",) if devices else ()
+    return (*APART, *gpu, *(f"mJ/sample, {meter}" for meter in meters), *metric), rows
+
+
+def _size(size_bytes: int | None) -> str:
+    return DASH if size_bytes is None else size(size_bytes)
+
+
+def _energy(measured: Measurement, meters: Sequence[str]) -> list[str]:
+    told = statistics.energy_mj(measured) if meters else {}
+    return [interval(told.get(meter), 2) for meter in meters]
 
 
 def kernels(measured: Measurement, count: int) -> list[tuple[str, ...]]:
@@ -85,7 +105,7 @@ def kernels(measured: Measurement, count: int) -> list[tuple[str, ...]]:
 
 def sentences(result: BenchResult) -> list[str]:
     """What else there is to say, and how to read the numbers."""
-    tell = (_invalid, _together, _scenarios, _floors, _overhead, _kept)
+    tell = (_invalid, _together, _scenarios, _floors, _overhead, _what_else, _kept)
     return [line for each in tell for line in each(result)]
 
 
@@ -140,6 +160,18 @@ def _invalid(result: BenchResult) -> list[str]:
         for m in result.measurements
         if m.invalid
     ]
+
+
+def failed(result: BenchResult) -> list[str]:
+    """What is a no, or must not be used, beside the measurements: a phrase each."""
+    parts = (
+        (sum(bool(each.invalid) for each in result.instances), "runs of instances are INVALID"),
+        (sum(not run.valid for run in result.scenarios), "scenarios are INVALID"),
+        (sum(search.rate is None for search in result.slos), "objectives hold at no rate"),
+        (sum(each.regressed for each in result.slowdowns), "engines are slower than allowed"),
+        (sum(each.regressed for each in result.drops), "engines lose more than allowed"),
+    )
+    return [f"{count} {what}" for count, what in parts if count]
 
 
 def _together(result: BenchResult) -> list[str]:
@@ -210,6 +242,20 @@ def _overhead(result: BenchResult) -> list[str]:
         if told := [f"{share:.0%} on {what}" for share, what in parts if share >= WORTH_TELLING]:
             lines.append(f"{m.name}: spends {' and '.join(told)}.")
     return lines
+
+
+def _what_else(result: BenchResult) -> list[str]:
+    """What memory and energy are of, and what the times are not."""
+    valid = [m for m in result.measurements if not m.invalid]
+    if any(m.energy_uj for m in valid):
+        lines = ["Energy is that of the whole device while a block ran, other programs' included."]
+    else:
+        lines = ["Energy is not told by this machine."]
+    if any(m.device_memory_bytes is not None for m in valid):
+        lines.append(
+            "GPU memory is what was in use after the first run and not before the model was opened."
+        )
+    return [*lines, NOT_SERVED]
 
 
 def _kept(result: BenchResult) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from deploykit.measure import BenchResult, read_result, write_result
-from deploykit.measure.result import Preset
+from deploykit.measure.result import Instances, Preset
 from deploykit.values import Artifact
 from tests.cli.conftest import Command
 from tests.conftest import FASHION
@@ -116,6 +116,33 @@ def test_another_machine_is_refused_before_the_run(
     assert told.code == 2
     assert "the earlier run is no comparison: cpu: Z80 then, " in told.err
     assert "--compare-anyway" in told.err
+
+
+def test_an_earlier_run_that_can_judge_nothing_is_refused_and_a_part_is_told(
+    again: Command, kept: Path, tmp_path: Path
+) -> None:
+    then = earlier(kept, tmp_path / "then.json")
+    run = read_result(then)
+    base, other, control = run.measurements
+    write_result(run.model_copy(update={"measurements": (base, control)}), then)
+    told = again("--baseline", then, "--compare-anyway")
+    assert told.code == 0, told.err
+    assert f"though {other.name} (batch 1) is not in it." in told.out
+    gone = [m.model_copy(update={"name": f"old {m.name}"}) for m in run.measurements]
+    write_result(run.model_copy(update={"measurements": tuple(gone)}), then)
+    told = again("--baseline", then, "--compare-anyway", measurements=None)  # it is not measured
+    assert told.code == 2
+    assert "no engine was measured in both runs" in told.err
+
+
+def test_instances_that_failed_exit_7(again: Command, kept: Path) -> None:
+    failed = Instances(
+        name="net", batch_size=1, blocks_ns=((), ()), affinity=((0,), (1,)), shared=False,
+        invalid="it crashed",
+    )  # fmt: skip
+    told = again(instances=(failed,))
+    assert told.code == 7
+    assert "2 instances of net at once are invalid: it crashed" in told.err
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from deploykit.measure import (
     write_result,
 )
 from deploykit.measure.lane import Lane
+from deploykit.measure.run import _drifts
 from deploykit.measure.statistics import throughput_together
 
 from .conftest import FAKE_WORKER, FAST
@@ -97,6 +98,20 @@ def test_what_a_runtime_did_with_part_of_the_work_is_told(result):
     assert "leaning (batch 1): asked for fake, ran 20% on cpu" in result.notes
     assert "brain (batch 1): the file is fp32, the runtime ran bf16 1" in result.notes
     assert [k.provider for k in result.of("leaning", 1).kernels] == ["fake", "cpu"]
+
+
+def test_a_trend_over_the_run_is_a_disturbance_and_named(measured):
+    rising = measured([[1e6 * (1 + 0.02 * i)] * 3 for i in range(30)], name="rising")
+    flat = measured([[1e6] * 3] * 30)
+    assert _drifts([rising, flat, rising.model_copy(update={"invalid": "gone"})]) == [
+        "rising (batch 1): a call went from 1.09 to 1.49 ms over the run"
+    ]
+
+
+def test_one_feed_for_every_call_is_told(fake, vectors):
+    options = FAST.model_copy(update={"batch_sizes": (64,)})  # of 100 samples
+    result = bench([fake("steady")], options, data=vectors, worker=FAKE_WORKER)
+    assert "every call at batch 64 ran on the same input, and no other" in result.notes
 
 
 def test_stalls_stay_in_the_raw_times(result):

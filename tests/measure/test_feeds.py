@@ -95,4 +95,4 @@ def test_a_fixed_batch_takes_no_other_size(fake):
     feeds.check_batch_sizes([fake("steady"), fixed], (1,))
     with pytest.raises(UsageError, match=r"fixed: the batch of x.* is fixed, asked for 8") as error:
         feeds.check_batch_sizes([fake("steady"), fixed], (1, 8))
-    assert "--batch-size 1" in error.value.hint
+    assert "--batch-sizes 1," in error.value.hint

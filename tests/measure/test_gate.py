@@ -105,6 +105,22 @@ def test_runs_without_a_common_engine_are_no_comparison() -> None:
         gate.slowdowns(run(1), other, LIMIT)
 
 
+def test_what_the_earlier_run_cannot_judge_is_known_before_the_work() -> None:
+    then = run(1)
+    name = then.baseline
+    assert gate.unknown(then, [name], [1]) == []
+    assert gate.unknown(then, [name, "new"], [1]) == ["new (batch 1)"]
+    assert gate.unknown(then, [name], [1, 8]) == [f"{name} (batch 8)"]
+    with pytest.raises(UsageError, match="no engine was measured in both runs"):
+        gate.unknown(then, ["new"], [1])
+    broken = [
+        m.model_copy(update={"invalid": "gone"}) if m.name == then.control else m
+        for m in then.measurements
+    ]
+    with pytest.raises(UsageError, match="no noise floor at batch 1"):
+        gate.unknown(then.model_copy(update={"measurements": tuple(broken)}), [name], [1])
+
+
 def test_what_makes_two_runs_no_comparison_is_named() -> None:
     here, then = environment.read(), run(1)
     options = then.options

@@ -13,7 +13,8 @@ from deploykit.measure import (
     speedup,
     throughput,
 )
-from deploykit.measure.statistics import drift, holm, minimum_samples, percentile_bound_ms
+from deploykit.measure.drift import drift, trend
+from deploykit.measure.statistics import energy_mj, holm, minimum_samples, percentile_bound_ms
 from deploykit.values import Interval, Measurement, Placement, SessionOptions
 
 
@@ -173,6 +174,23 @@ def test_faster_needs_an_interval_above_one_and_more_than_noise(found, noise, cl
 )
 def test_drift_is_a_direction_not_noise_nor_a_step(medians, drifts):
     assert (drift(medians) is not None) is drifts
+
+
+def test_a_trend_over_a_run_is_told_with_its_levels(measured):
+    rising = measured([[1e6 * (1 + 0.01 * i)] * 3 for i in range(30)])
+    first, last = trend(rising)
+    assert first == pytest.approx(1.045e6, rel=0.01)
+    assert last == pytest.approx(1.245e6, rel=0.01)
+    assert trend(measured([[1e6]] * 30)) is None
+    assert trend(measured([[1e6 * (1 + 0.001 * i)] for i in range(30)])) is None  # 2 % in all
+    assert trend(measured([[1e6 * (1 + i)] for i in range(5)])) is None  # too few to tell
+
+
+def test_energy_is_what_the_samples_of_the_timed_calls_took(measured):
+    blocks = measured([[1e6] * 10] * 20, batch_size=4)
+    told = blocks.model_copy(update={"energy_uj": {"CPU packages": (80_000,) * 20}})
+    assert energy_mj(told)["CPU packages"].value == pytest.approx(2)  # 80 mJ for 40 samples
+    assert energy_mj(blocks) == {}
 
 
 def test_noise_is_seldom_taken_for_drift():

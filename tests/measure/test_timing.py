@@ -35,6 +35,14 @@ def test_a_block_holds_the_true_times_for_its_budget():
     assert time_block([clock.call(30)], 0, 100, clock) == (30, 30, 30, 30)
 
 
+def test_what_begins_with_the_timed_calls_comes_after_the_cold_ones():
+    clock, ran = FakeClock(), []
+    call = clock.call(100, log=ran)
+    begun: list[int] = []
+    times = time_block([call], 0, 1000, clock, lambda: begun.append(len(ran)))
+    assert begun == [len(ran) - len(times)]
+
+
 def test_cold_calls_before_a_block_are_not_in_it():
     clock = FakeClock()
     times = time_block([clock.call(900, 100)], 0, 1000, clock)

@@ -10,6 +10,7 @@ import pytest
 
 from deploykit import environment
 from deploykit.measure import BenchOptions, BenchResult
+from deploykit.measure.result import ScenarioRun
 from deploykit.report import bench_page, bench_text
 from deploykit.values import Interval, Kernel, Measurement, Placement, Score, SessionOptions
 
@@ -124,6 +125,15 @@ def test_what_must_not_be_used_is_said_first(invalid: str | None) -> None:
     assert ("1 measurements are INVALID" in text) == bool(invalid)
     assert ("Every measurement is valid" in text) != bool(invalid)
     assert ("it crashed" in text) == bool(invalid)
+
+
+def test_a_scenario_that_must_not_be_used_is_said_with_the_measurements() -> None:
+    played = ScenarioRun(
+        name="base", batch_size=1, scenario="server", seconds=1, seed=0, rate=9, affinity=(),
+        invalid="it hung",
+    )  # fmt: skip
+    assert "1 scenarios are INVALID." in bench_page.render(result(scenarios=(played,)))
+    assert "scenarios are INVALID" not in bench_page.render(result())
 
 
 def test_a_hostile_name_is_text() -> None:

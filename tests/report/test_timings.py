@@ -53,6 +53,21 @@ def test_each_claim_has_its_p_value_and_the_baseline_its_name_and_time() -> None
     assert "a note [of] brackets." in text
 
 
+def test_energy_and_gpu_memory_are_told_where_the_machine_tells_them() -> None:
+    told = {"energy_uj": {"CPU packages": (20 * 4000,) * 40}, "device_memory_bytes": 3_000_000}
+    base, control = (m.model_copy(update=told) for m in BASE)
+    text = shown(base, control, timed("quiet", 2))
+    assert "GPU memory  mJ/sample, CPU packages" in text
+    row = next(line for line in text.splitlines() if line.startswith("base ") and "3.0 MB" in line)
+    assert row.rstrip().endswith("4.00 [4.00, 4.00]")
+    assert "Energy is that of the whole device" in text
+    assert "GPU memory is what was in use" in text
+    text = shown(*BASE)
+    assert "Energy is not told by this machine." in text
+    assert "GPU memory" not in text
+    assert "a server's are not among them" in text
+
+
 def test_loading_the_first_run_and_memory_are_told_apart() -> None:
     rows = [line.split() for line in shown(*BASE).splitlines()]
     assert ["base", "1", "7.0", "8.0", "99.0", "MB", "4", "800"] in rows
