@@ -18,7 +18,7 @@ TEXT = (Path(deploykit.__file__).parent / "SERVING.md").read_text()
 def test_the_server_of_the_page(sound: Path):
     from fastapi.testclient import TestClient
 
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    code = next(c for c in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "FastAPI" in c)
     code = code.replace('"bundle", public_key="key.pub.pem"', repr(str(sound)))
     names: dict[str, object] = {}
     exec(code, names)  # noqa: S102
