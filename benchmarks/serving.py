@@ -18,12 +18,22 @@ from time import perf_counter
 
 import numpy as np
 import onnx
+from cryptography.hazmat.primitives.asymmetric import ec
 from onnx import TensorProto, helper, numpy_helper
 
 from deploykit import environment
-from deploykit.bundle import PackageOptions, PublishOptions, integrity, package, publish, verify
+from deploykit.bundle import (
+    PackageOptions,
+    PublishOptions,
+    integrity,
+    package,
+    publish,
+    sign,
+    verify,
+)
 from deploykit.dataset import open_dataset
 from deploykit.formats import open_model
+from tests.bundle.test_signature import write_key
 from tests.bundle.triton_server import running
 
 ROOT = Path(__file__).parents[1]
@@ -79,24 +89,34 @@ def verifying(folder: Path, mebibytes: int) -> dict[str, object]:
 
 
 def publishing(folder: Path, triton: Path) -> dict[str, object]:
-    """From the call to the answers of the server, which is ready: of the demo model."""
+    """From the call to the answers of the server, which is ready: of the demo model, signed.
+
+    One that nobody signed is first read by a process with limits, which takes its time.
+    """
     model = open_model(next(GOLDEN.glob("*/2/model.onnx")))
     data = open_dataset(ROOT / "calibration_data" / "fashion_mnist" / "calibration.npz")
-    found, alone = [], []
+    key = write_key(folder / "key.pem", ec.generate_private_key(ec.SECP256R1()))
+    found, alone, unsigned = [], [], []
     (folder / "server").mkdir()
     with running(triton, folder / "server") as server:
         for version in range(1, ROUNDS + 1):
             out = folder / f"v{version}"
             options = PackageOptions(name="demo", layout="triton", version=version)
             package([(model, "ort-cpu")], options, out=out, data=data)
-            to = PublishOptions(url=server.grpc)
-            found.append(seconds(lambda out=out, to=to: publish(out, server.repository, to)))
-            alone.append(seconds(lambda out=out: publish(out, folder / "no-server")))
+            unsigned.append(seconds(lambda out=out: publish(out, folder / "unsigned")))
+            sign(out, key)
+            to, by = PublishOptions(url=server.grpc), {"public_key": key.with_suffix(".pub")}
+            found.append(
+                seconds(lambda out=out, to=to, by=by: publish(out, server.repository, to, **by))
+            )
+            alone.append(seconds(lambda out=out, by=by: publish(out, folder / "no-server", **by)))
     return {
         "publish_to_ready_s": found,
         "of_which_deploykit_s": alone,
+        "unsigned_without_server_s": unsigned,
         "median_s": median(found),
         "median_of_deploykit_s": median(alone),
+        "median_unsigned_without_server_s": median(unsigned),
     }
 
 

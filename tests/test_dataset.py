@@ -257,7 +257,11 @@ def test_an_npy_in_disguise_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_npz_is_refused_or_read(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, packed: bool
 ) -> None:
-    path = tmp_path_factory.getbasetemp() / "damaged.npz"
+    folder = (
+        tmp_path_factory.getbasetemp() / "damaged_npz"
+    )  # one for all examples, of this test alone
+    folder.mkdir(exist_ok=True)
+    path = folder / "damaged.npz"
     (np.savez_compressed if packed else np.savez)(path, **numbered(20))
     damaged = bytearray(path.read_bytes())
     damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= data.draw(st.integers(1, 255))
