@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deploykit.formats.onnx_graph import COMPUTE, Graph, subgraph_nodes
+from deploykit.formats.onnx_module import LARGEST_BIAS
 from deploykit.stages.quantize import blocks, tables
 from deploykit.stages.quantize.levels import Grid, Levels
 from deploykit.stages.quantize.placement import Plan
@@ -17,8 +18,6 @@ from deploykit.values import Array
 if TYPE_CHECKING:
     import onnx
 
-LARGEST_BIAS = 2**31 - 128
-"""The largest int32 that is a float32 too."""
 SMALLEST_SHARE = 1e-6
 """A channel's scale as a share of the largest one, at least."""
 
