@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+
+import numpy as np
 
 from deploykit._lazy import INSTALL, installed
 from deploykit.errors import DeploykitError, InputError, ResourceError
@@ -22,6 +24,11 @@ def missing_library(module: str) -> str | None:
 def check_feed(feed: Feed, inputs: tuple[TensorSpec, ...]) -> None:
     """Refuse a feed that the model does not take. Raises InputError, by the name of the input."""
     wanted = {spec.name for spec in inputs}
+    if not isinstance(feed, Mapping):
+        raise InputError(
+            f"a feed maps input names to arrays, this one is {type(feed).__name__}",
+            hint=f"give a dict with {sorted(wanted)}",
+        )
     if set(feed) != wanted:
         odd = sorted(set(feed) ^ wanted)
         raise InputError(
@@ -30,7 +37,13 @@ def check_feed(feed: Feed, inputs: tuple[TensorSpec, ...]) -> None:
             hint="name the arrays as the model names its inputs",
         )
     for spec in inputs:
-        if misfit := spec.misfit(feed[spec.name]):
+        given = feed[spec.name]
+        if not isinstance(given, (np.ndarray, np.generic)):
+            raise InputError(
+                f"input {spec.name!r} is {type(given).__name__}, no numpy array",
+                hint=f"give numpy.asarray(..., {spec.dtype!r})",
+            )
+        if misfit := spec.misfit(given):
             raise InputError(
                 f"input {spec.name!r}: {misfit}", hint="give arrays of the model's dtype and shape"
             )

@@ -20,8 +20,8 @@ from deploykit.layouts import oci
 
 LARGEST_SIGNATURE = 64 << 20
 KEY_HINT = (
-    "take a P-256, P-384 or P-521 key: openssl ecparam -genkey -name prime256v1 -noout "
-    "-out key.pem; openssl ec -in key.pem -pubout -out key.pub.pem"
+    "take an elliptic-curve key (P-256, P-384 or P-521) without a password, the private one to "
+    "sign, the public one to verify; BUNDLE_FORMAT.md of deploykit tells how to make them"
 )
 
 

@@ -108,3 +108,11 @@ def test_an_image_layout_with_a_path_that_escapes(linear: Artifact, data: Datase
     with pytest.raises(IntegrityError, match=r"path is .\.\./evil"):
         load(out)
     assert not (tmp_path / "evil").exists()
+
+
+def test_a_feed_that_is_no_arrays_is_told_so(sound: Path) -> None:
+    with load(sound) as model:
+        with pytest.raises(InputError, match="input 'x' is list, no numpy array"):
+            model.run({"x": [[1.0, 2.0, 3.0]]})  # type: ignore[dict-item]
+        with pytest.raises(InputError, match="a feed maps input names to arrays"):
+            model.run(np.zeros((1, 3), np.float32))  # type: ignore[arg-type]
