@@ -87,6 +87,7 @@ class TrainedGraph:
         self._learned: dict[str, nn.Parameter] = {}
         self._weights: dict[str, Weights] = {}
         self._biases: dict[str, Bias] = {}
+        self._scales: set[str] = set()
         self._strides: dict[str, Tensor] = {}
         """How far one step of its parameter moves the logarithm of a scale."""
         self._read_pairs(name)
@@ -116,11 +117,10 @@ class TrainedGraph:
 
         quantized = {w.integers for w in self._weights.values()}
         quantized |= {b.integers for b in self._biases.values()}
-        scales = set(self._strides)
         with torch.no_grad():
-            floats = self._learned.keys() - quantized - scales
+            floats = self._learned.keys() - quantized - self._scales
             found: dict[str, Tensor] = {key: self._learned[key] for key in floats}
-            found |= {key: self._scale(key) for key in scales}
+            found |= {key: self._scale(key) for key in self._scales}
             for weights in self._weights.values():
                 integers = self._levels(weights, round_=torch.round)
                 found[weights.integers] = integers.to(self._constants[weights.integers].dtype)
@@ -205,6 +205,7 @@ class TrainedGraph:
     def _learn_scale(self, key: str) -> None:
         import torch
 
+        self._scales.add(key)
         self._learn(key, torch.zeros_like(self._constants[key]))
 
     # Running

@@ -48,7 +48,9 @@ def _distill(facts: Json) -> Iterator[str]:
         yield f"{len(losses)} epochs, {seen:,} samples: loss {losses[0]:.4g} to {losses[-1]:.4g}"
     if (agreement := facts.get("engine_agreement_db")) is not None:
         samples = facts["engine_compared_samples"]
-        yield f"ONNX Runtime gives what was trained: {agreement:.0f} dB on {samples} samples"
+        how = " (simulated: this CPU sums 8-bit products in 16 bits)"
+        how = how if facts["engine_simulated"] else ""
+        yield f"ONNX Runtime gives what was trained: {agreement:.0f} dB on {samples} samples{how}"
 
 
 def _proven(facts: Json, against: str) -> Iterator[str]:

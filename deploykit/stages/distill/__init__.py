@@ -50,8 +50,8 @@ def distill(  # noqa: PLR0913 - a teacher and data beside what every stage takes
     Raises InputError: a model is neither PyTorch nor ONNX, or holds what cannot be trained, the
     data does not fit, or the outputs of the models differ in shape. UsageError: no labels, and
     alpha below 1. StageError: the loss is no longer finite; the last checkpoint is kept.
-    ResourceError: the disk is full. AnswerIsNo: ONNX Runtime computes something else than was
-    trained.
+    ResourceError: the disk is full. AnswerIsNo: ONNX Runtime computes something else than PyTorch
+    here, before the training or after it.
     """
     teachers = (teacher,) if isinstance(teacher, Artifact) else tuple(teacher)
     if not teachers:
@@ -116,6 +116,10 @@ class _Course:
             pupil, *masters = map(models.opened, (self.student, *self.teachers))
             lesson = read(self.data, self.options)
             check(pupil, masters, lesson, self.options.loss)
+            for model, artifact in zip(
+                (pupil, *masters), (self.student, *self.teachers), strict=True
+            ):
+                models.prove(model, artifact, lesson)  # before the hours that a training may take
             facts = Training(pupil, masters, lesson, self.options, crew).run(place, tell)
             if out:
                 facts |= models.write(pupil, self.student, out, lesson)
